@@ -1,0 +1,9 @@
+"""Fused kernels for sets of embeddings: CPU (C++), Triton, and a reference in plain torch behind the same ops."""
+
+from setemb_kernels._version import __version__
+from setemb_kernels.backends import Backend, backends, build_info, load_cpu_module
+from setemb_kernels.ops.smooth_chamfer.op import smooth_chamfer
+
+load_cpu_module()
+
+__all__ = ["Backend", "__version__", "backends", "build_info", "smooth_chamfer"]

@@ -1,0 +1,42 @@
+"""What every op needs of `torch.library`, written once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("setemb", "FRAGMENT")
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def define(qualified_name: str, schema: str) -> None:
+    """Declare an op ``setemb::name``."""
+    torch.library.define(qualified_name, schema, lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def forbid_double_backward(qualified_name: str) -> None:
+    """Make the backward op raise where its own result is differentiated, instead of passing silently for a constant."""
+
+    def raise_error(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{qualified_name} has no second derivative: call backward without create_graph=True")
+
+    torch.library.register_autograd(qualified_name, raise_error, lib=_LIBRARY)
+
+
+def register_autocast(qualified_name: str, *, cast: int) -> None:
+    """Under autocast, cast the first `cast` arguments to the dtype autocast has at the moment of the call.
+
+    (`torch.library.register_autocast` fixes the dtype when the op is registered.)
+    """
+    namespace, name = qualified_name.split("::")
+    op = getattr(getattr(torch.ops, namespace), name)
+    for device, key in _AUTOCAST_KEYS.items():
+
+        def autocast(*args: Any, _device: str = device, _key: str = key) -> Any:
+            dtype = torch.get_autocast_dtype(_device)
+            cast_args = [a.to(dtype) if a.is_floating_point() and a.dtype != torch.float64 else a for a in args[:cast]]
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))):
+                return op(*cast_args, *args[cast:])
+
+        _LIBRARY.impl(name, autocast, key)

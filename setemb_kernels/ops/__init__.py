@@ -1,0 +1,1 @@
+"""The ops, one folder each: `op` (public function, schema, fake, autograd, autocast), `reference`, `triton`."""

@@ -1,0 +1,1 @@
+"""All-pairs smooth-Chamfer similarity. `op` is the place to start reading."""

@@ -1,0 +1,163 @@
+"""Smooth-Chamfer similarity of all pairs of two batches of sets: the public function and everything torch needs of an op.
+
+To add an op, read this file from top to bottom and write its sibling: schema, implementations by device, fake, autograd,
+autocast. The maths is in `reference`, the kernels in ``csrc/cpu/smooth_chamfer.cpp`` and `triton`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from setemb_kernels import _check
+from setemb_kernels._library import define, forbid_double_backward, register_autocast
+from setemb_kernels.backends import OpBackends
+from setemb_kernels.ops.smooth_chamfer import reference
+
+FORWARD = "setemb::smooth_chamfer"
+BACKWARD = "setemb::smooth_chamfer_backward"
+
+
+def smooth_chamfer(
+    x: Tensor,
+    y: Tensor,
+    *,
+    alpha: float | Tensor = 16.0,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+) -> Tensor:
+    r"""Smooth-Chamfer similarity of every set of x with every set of y.
+
+    With :math:`c_{kl} = x_k \cdot y_l` over the valid vectors of one pair of sets,
+
+    .. math::
+        s(X, Y) = \frac{1}{2 \alpha |X|} \sum_k \log \sum_l e^{\alpha c_{kl}}
+                + \frac{1}{2 \alpha |Y|} \sum_l \log \sum_k e^{\alpha c_{kl}}
+
+    It is log-*sum*-exp, not mean: for unit vectors s lies in ``[-1, 1 + log(max(K, L)) / alpha]``. ``alpha -> inf`` gives the
+    Chamfer similarity (mean of maxima, both ways); ``K = L = 1`` gives the dot product. Vectors need not be normalised.
+
+    Nothing of size ``N M K L`` is stored, in the forward or in the backward pass. The result is finite for finite input: what
+    would overflow saturates at the largest finite value. A NaN reaches only the pairs of the set that holds it.
+
+    Args:
+        x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
+        y: ``[M, L, D]`` of the same dtype and device; K and L may differ.
+        alpha: sharpness, a finite number > 0, or a 0-dim tensor (CPU or the device of x) that may require a gradient.
+            On a GPU the value of a tensor that lives there is not checked (that would wait for the device); one that is not
+            positive gives meaningless numbers.
+        x_mask: bool ``[N, K]``, True = valid. A vector that is not valid does not exist, whatever it holds, and gets gradient 0.
+        y_mask: bool ``[M, L]``, likewise.
+
+    Returns:
+        ``[N, M]`` in the dtype of x; 16-bit types are accumulated in float32. A pair in which one set has no valid vector has
+        similarity 0 and passes no gradient. Gradients flow to x, y and alpha, once: a second derivative raises.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Source: Kim, Kim, Kwak, "Improving Cross-Modal Retrieval with Set of Diverse Embeddings", CVPR 2023, equation 3.
+    """
+    _check.embedding_sets("x", x)
+    _check.embedding_sets("y", y)
+    _check.matching_sets(x, y)
+    _check.mask("x_mask", x_mask, "x", x)
+    _check.mask("y_mask", y_mask, "y", y)
+    sharpness = _check.sharpness("alpha", alpha, x.device)
+    result: Tensor = torch.ops.setemb.smooth_chamfer(x, y, sharpness, x_mask, y_mask)
+    return result
+
+
+define(FORWARD, "(Tensor x, Tensor y, Tensor alpha, Tensor? x_mask=None, Tensor? y_mask=None) -> Tensor")
+define(
+    BACKWARD,
+    "(Tensor grad, Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask,"
+    " bool need_x, bool need_y, bool need_alpha) -> (Tensor, Tensor, Tensor)",
+)
+
+
+# --- implementations: csrc registers itself for CPU when it is loaded; Triton serves CUDA; the reference serves the rest
+
+
+def _triton() -> ModuleType:
+    from setemb_kernels.ops.smooth_chamfer import triton
+
+    return triton
+
+
+BACKENDS = OpBackends("smooth_chamfer", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16))
+
+
+@torch.library.impl(FORWARD, "CompositeExplicitAutograd")
+def _forward(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+    if alpha.device.type == "cpu":
+        _check.positive_and_finite("alpha", float(alpha))
+    return BACKENDS.implementation(x, reference).forward(x, y, alpha, x_mask, y_mask)
+
+
+@torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    alpha: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+    need_alpha: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return BACKENDS.implementation(x, reference).backward(
+        grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha
+    )
+
+
+# --- shapes for tracing
+
+
+@torch.library.register_fake(FORWARD)
+def _(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], y.shape[0])
+
+
+@torch.library.register_fake(BACKWARD)
+def _(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    alpha: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+    need_alpha: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        y.new_empty(y.shape if need_y else 0),
+        alpha.new_empty(() if need_alpha else 0),
+    )
+
+
+# --- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, alpha, x_mask, y_mask = ctx.saved_tensors
+    need_x, need_y, need_alpha, *_ = ctx.needs_input_grad
+    grad_x, grad_y, grad_alpha = torch.ops.setemb.smooth_chamfer_backward(
+        grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha
+    )
+    return grad_x if need_x else None, grad_y if need_y else None, grad_alpha if need_alpha else None, None, None
+
+
+torch.library.register_autograd(FORWARD, _autograd, setup_context=_setup_context)
+forbid_double_backward(BACKWARD)
+register_autocast(FORWARD, cast=2)  # x and y, as for a matrix product
