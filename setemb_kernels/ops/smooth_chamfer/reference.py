@@ -168,12 +168,12 @@ def _saturate(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _score_blocks(args: _Operands) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of rows of x: the rows, scores ``c [n, M, K, L]`` and which of them are of two valid vectors."""
-    (N, K, D), (M, L, _) = args.x.shape, args.y.shape
+    (N, K, _), (M, L, _) = args.x.shape, args.y.shape
     block = max(1, BLOCK_ELEMENTS // max(1, M * K * L))
-    y_flat = args.y.reshape(M * L, D).T
+    y_flat = args.y.flatten(0, 1).T
     for start in range(0, N, block):
         rows = slice(start, min(start + block, N))
-        x_flat = args.x[rows].reshape(-1, D)
+        x_flat = args.x[rows].flatten(0, 1)
         c = (x_flat @ y_flat).view(rows.stop - start, K, M, L).transpose(1, 2)
         yield rows, c, args.x_mask[rows, None, :, None] & args.y_mask[:, None, :]
 
