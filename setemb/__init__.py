@@ -1,0 +1,5 @@
+"""Cross-modal retrieval with sets of embeddings: models, training, evaluation, index and search."""
+
+from setemb_kernels import __version__
+
+__all__ = ["__version__"]

@@ -1,0 +1,189 @@
+"""Retrieval recall by the field's convention, both ways, in one blocked pass with ranks found by counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from setemb_kernels import smooth_chamfer
+
+_KEEP_ELEMENTS = 1 << 28
+"""Similarities kept between the two passes (1 GiB of float32); a larger matrix is computed twice instead."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """One direction: percentage of queries whose best relevant item is among the first 1, 5, 10; ranks start at 1."""
+
+    r1: float
+    r5: float
+    r10: float
+    median_rank: float
+    mean_rank: float
+
+    @classmethod
+    def from_ranks(cls, ranks: np.ndarray) -> Recall:
+        """From ranks that start at 0. The median of an even number of ranks is rounded down, as the field does."""
+        if len(ranks) == 0:
+            raise ValueError("there must be at least one query, got none")
+        at = [100.0 * float(np.mean(ranks < k)) for k in (1, 5, 10)]
+        return cls(*at, median_rank=float(np.floor(np.median(ranks)) + 1), mean_rank=float(np.mean(ranks) + 1))
+
+
+@dataclass(frozen=True)
+class RecallReport:
+    """Recall of captions for images (``image_to_text``) and of images for captions (``text_to_image``).
+
+    With folds the figures are means over the folds, and the ranks are those within a query's own fold.
+    """
+
+    image_to_text: Recall
+    text_to_image: Recall
+    image_ranks: np.ndarray = field(repr=False, compare=False)
+    """int64 ``[images]``: rank of the best relevant caption, from 0."""
+    caption_ranks: np.ndarray = field(repr=False, compare=False)
+    """int64 ``[captions]``: rank of the best relevant image, from 0."""
+
+    @property
+    def rsum(self) -> float:
+        """The sum of the six recalls."""
+        a, b = self.image_to_text, self.text_to_image
+        return a.r1 + a.r5 + a.r10 + b.r1 + b.r5 + b.r10
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures (not the ranks), as JSON takes them."""
+        return {
+            "image_to_text": asdict(self.image_to_text),
+            "text_to_image": asdict(self.text_to_image),
+            "rsum": self.rsum,
+        }
+
+
+@torch.inference_mode()
+def evaluate_retrieval(
+    image_sets: Tensor,
+    caption_sets: Tensor,
+    captions_per_image: int = 5,
+    folds: int | None = None,
+    similarity: Callable[[Tensor, Tensor], Tensor] = smooth_chamfer,
+    block: int = 256,
+    image_groups: Tensor | np.ndarray | None = None,
+    caption_groups: Tensor | np.ndarray | None = None,
+) -> RecallReport:
+    """Ranks every caption for every image and every image for every caption.
+
+    The rank of a query is the number of items that are *not* relevant to it and score at least as high as its best
+    relevant item: ties count against it, so a model that gives one score to all ranks last.
+
+    Args:
+        image_sets: ``[N, K, D]``.
+        caption_sets: ``[M, L, D]``. By default caption c belongs to image ``c // captions_per_image``.
+        captions_per_image: M / N.
+        folds: evaluate this many contiguous parts by themselves and average the figures (5 for COCO 1K).
+        similarity: sets ``[n, K, D]``, ``[m, L, D]`` -> ``[n, m]``.
+        block: images compared with all captions at a time.
+        image_groups, caption_groups: integers ``[N]`` and ``[M]``, given together in place of ``captions_per_image``:
+            image and caption are relevant to each other where their groups are equal (several images a caption,
+            several captions an image). Every query needs something relevant.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+    for name, sets in (("image_sets", image_sets), ("caption_sets", caption_sets)):
+        if sets.ndim != 3 or len(sets) == 0:
+            raise ValueError(f"{name} must have shape [n, K, D] with n > 0, got {list(sets.shape)}")
+    groups = _groups(len(image_sets), len(caption_sets), captions_per_image, image_groups, caption_groups)
+    groups = tuple(ids.to(image_sets.device) for ids in groups)
+    parts = _folds(*groups, folds)
+    ranks = [_ranks(image_sets[i], caption_sets[c], groups[0][i], groups[1][c], similarity, block) for i, c in parts]
+
+    def mean(recalls: list[Recall]) -> Recall:
+        return Recall(**{key: float(np.mean([getattr(r, key) for r in recalls])) for key in asdict(recalls[0])})
+
+    return RecallReport(
+        mean([Recall.from_ranks(image_ranks) for image_ranks, _ in ranks]),
+        mean([Recall.from_ranks(caption_ranks) for _, caption_ranks in ranks]),
+        np.concatenate([image_ranks for image_ranks, _ in ranks]),
+        np.concatenate([caption_ranks for _, caption_ranks in ranks]),
+    )
+
+
+def _ranks(
+    image_sets: Tensor,
+    caption_sets: Tensor,
+    image_groups: Tensor,
+    caption_groups: Tensor,
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    block: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks from 0 of the best relevant item, for each image and for each caption."""
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    keep = len(image_sets) * len(caption_sets) <= _KEEP_ELEMENTS
+
+    def score_blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores ``[n, M]`` and which of them are of relevant pairs."""
+        for start in range(0, len(image_sets), block):
+            rows = slice(start, start + block)
+            yield similarity(image_sets[rows], caption_sets), image_groups[rows, None] == caption_groups
+
+    blocks = list(score_blocks()) if keep else None
+    image_ranks = []
+    best_image = None  # [M] each caption's best relevant score
+    for scores, relevant in blocks or score_blocks():
+        positives = scores.masked_fill(~relevant, -torch.inf)
+        image_ranks.append(((scores >= positives.amax(1, keepdim=True)) & ~relevant).sum(1))
+        best = positives.amax(0)
+        best_image = best if best_image is None else torch.maximum(best_image, best)
+    caption_ranks: Tensor = torch.zeros_like(caption_groups)
+    for scores, relevant in blocks or score_blocks():
+        caption_ranks += ((scores >= best_image) & ~relevant).sum(0)
+    return torch.cat(image_ranks).cpu().numpy(), caption_ranks.cpu().numpy()
+
+
+def _groups(
+    images: int,
+    captions: int,
+    captions_per_image: int,
+    image_groups: Tensor | np.ndarray | None,
+    caption_groups: Tensor | np.ndarray | None,
+) -> tuple[Tensor, Tensor]:
+    if image_groups is None and caption_groups is None:
+        if captions_per_image < 1 or captions != images * captions_per_image:
+            raise ValueError(
+                f"{images} images with captions_per_image = {captions_per_image} need {images * captions_per_image} "
+                f"captions, got {captions}"
+            )
+        return torch.arange(images), torch.arange(captions) // captions_per_image
+    if image_groups is None or caption_groups is None:
+        raise ValueError("image_groups and caption_groups must be given together, got one of them")
+    result = []
+    for name, ids, n in (("image_groups", image_groups, images), ("caption_groups", caption_groups, captions)):
+        ids = torch.as_tensor(ids).cpu()
+        if ids.shape != (n,) or ids.is_floating_point():
+            raise ValueError(f"{name} must be integers of shape [{n}], got {ids.dtype} {list(ids.shape)}")
+        result.append(ids.long())
+    for name, ids, others in (("image_groups", *result), ("caption_groups", *reversed(result))):
+        lonely = ~torch.isin(ids, others)
+        if lonely.any():
+            row = int(lonely.nonzero()[0])
+            raise ValueError(f"{name}: nothing on the other side is relevant to row {row} (group {int(ids[row])})")
+    return result[0], result[1]
+
+
+def _folds(image_groups: Tensor, caption_groups: Tensor, folds: int | None) -> list[tuple[Tensor, Tensor]]:
+    """Indices of the images and of the captions of each fold."""
+    if folds is None:
+        return [(torch.arange(len(image_groups)), torch.arange(len(caption_groups)))]
+    if folds < 1 or len(image_groups) % folds:
+        raise ValueError(f"folds must divide the number of images ({len(image_groups)}), got {folds}")
+    result = []
+    for images in torch.arange(len(image_groups)).chunk(folds):
+        captions = torch.isin(caption_groups, image_groups[images]).nonzero()[:, 0]
+        result.append((images, captions))
+    return result

@@ -1,0 +1,142 @@
+"""Training losses over a similarity matrix of images and captions, and the two regularisers of the sets.
+
+In all of them ``image_ids`` says which pairs belong together: int ``[C]``, for each caption the row of its image, or
+bool ``[B, C]``, True where image and caption are a positive pair (several images a caption, several captions an image).
+Other pairs are negatives. Source of the losses: Kim, Kim, Kwak, CVPR 2023, section 3.4; InfoNCE: van den Oord et al. 2018.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hardest_triplet_loss(sim: Tensor, image_ids: Tensor, margin: float = 0.2, hardest_fraction: float = 1.0) -> Tensor:
+    r"""Hinge loss of every positive pair against its negatives, both ways.
+
+    .. math::
+        \frac{1}{|P|} \sum_{(i,c) \in P} \Big( \max_{c' \notin P_i} [m + s_{ic'} - s_{ic}]_+
+                                             + \max_{i' \notin P_c} [m + s_{i'c} - s_{ic}]_+ \Big)
+
+    ``hardest_fraction`` f blends: f times the above plus (1 - f) times the same with the mean over the negatives in place of
+    the maximum. Hardest negatives from the first step on can collapse all similarities into one value (the loss then
+    stays at 2 m); a warm-up from 0 to 1 avoids it.
+
+    Args:
+        sim: ``[B, C]`` similarities, images in rows; 16-bit types are computed in float32.
+        image_ids: see the module.
+        margin: m >= 0.
+        hardest_fraction: f in [0, 1].
+
+    Returns:
+        A scalar; 0 where there is no positive pair, and no term where a pair has no negative.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    positive = positive_pairs(sim, image_ids)
+    if not margin >= 0:
+        raise ValueError(f"margin must be at least 0, got {margin}")
+    if not 0 <= hardest_fraction <= 1:
+        raise ValueError(f"hardest_fraction must lie in [0, 1], got {hardest_fraction}")
+    sim = _at_least_float32(sim)
+    loss = sim.new_zeros(())
+    if hardest_fraction > 0:
+        negatives = sim.masked_fill(positive, -math.inf)
+        for hardest in (negatives.amax(1, keepdim=True), negatives.amax(0, keepdim=True)):
+            loss = loss + hardest_fraction * _mean_over((margin + hardest - sim).clamp(min=0), positive)
+    if hardest_fraction < 1:
+        rows, columns = positive.nonzero(as_tuple=True)
+        own = sim[rows, columns][:, None]
+        for others, allowed in ((sim[rows], ~positive[rows]), (sim.T[columns], ~positive.T[columns])):
+            cost = _mean_over((margin + others - own).clamp(min=0), allowed, dim=1)
+            loss = loss + (1 - hardest_fraction) * cost.sum() / max(len(rows), 1)
+    return loss
+
+
+def info_nce_loss(sim: Tensor, image_ids: Tensor, temperature: float = 0.05) -> Tensor:
+    r"""Symmetric InfoNCE of every positive pair against its negatives; other positives of the pair do not compete with it.
+
+    .. math::
+        \frac{1}{|P|} \sum_{(i,c) \in P} \tfrac12 \Big(
+            -\log \frac{e^{s_{ic}/\tau}}{e^{s_{ic}/\tau} + \sum_{c' \notin P_i} e^{s_{ic'}/\tau}}
+            -\log \frac{e^{s_{ic}/\tau}}{e^{s_{ic}/\tau} + \sum_{i' \notin P_c} e^{s_{i'c}/\tau}} \Big)
+
+    Args and errors as in `hardest_triplet_loss`; ``temperature`` > 0.
+    """
+    positive = positive_pairs(sim, image_ids)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    logits = _at_least_float32(sim) / temperature
+    lowest = torch.finfo(logits.dtype).min  # not -inf: the gradient of logsumexp over nothing but -inf is NaN
+    negatives = logits.masked_fill(positive, lowest)
+    loss = logits.new_zeros(())
+    for others in (negatives.logsumexp(1, keepdim=True), negatives.logsumexp(0, keepdim=True)):
+        loss = loss + 0.5 * _mean_over(F.softplus(others - logits), positive)
+    return loss
+
+
+def diversity_loss(slots: Tensor) -> Tensor:
+    """Mean over pairs of an item's slots of ``exp(-2 |e_i - e_j|^2)``, slots ``[B, K, D]`` scaled to unit norm.
+
+    1 where the slots of every item coincide; 0 for K = 1.
+    """
+    if slots.ndim != 3:
+        raise ValueError(f"slots must have shape [B, K, D], got {list(slots.shape)}")
+    i, j = torch.triu_indices(slots.shape[1], slots.shape[1], 1, device=slots.device)
+    if len(i) == 0 or len(slots) == 0:
+        return slots.sum() * 0
+    e = F.normalize(_at_least_float32(slots), dim=-1)
+    return torch.exp(-2 * (e[:, i] - e[:, j]).square().sum(-1)).mean()
+
+
+def mmd_loss(x: Tensor, y: Tensor, gamma: float = 0.5) -> Tensor:
+    """Squared maximum mean discrepancy of two clouds of vectors, with the kernel ``k = exp(-gamma |x - y|)`` (not squared).
+
+    ``mean k(x, x) + mean k(y, y) - 2 mean k(x, y)``, a vector with itself included.
+
+    Args:
+        x: ``[..., D]``, flattened to ``[n, D]``.
+        y: ``[..., D]``, flattened to ``[m, D]``.
+    """
+    if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"x and y must have shapes [..., D] of one D, got {list(x.shape)} and {list(y.shape)}")
+    x, y = _at_least_float32(x).flatten(0, -2), _at_least_float32(y).flatten(0, -2)
+
+    def kernel(a: Tensor, b: Tensor, same: bool) -> Tensor:
+        square = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+        if same:
+            square = square.fill_diagonal_(0)
+        # The gradient of sqrt at 0 is infinite; that of a vector's distance to itself is 0.
+        apart = square > 1e-12
+        return torch.exp(-gamma * torch.where(apart, square, 1).sqrt() * apart)
+
+    return kernel(x, x, True).mean() + kernel(y, y, True).mean() - 2 * kernel(x, y, False).mean()
+
+
+def positive_pairs(sim: Tensor, image_ids: Tensor) -> Tensor:
+    """bool ``[B, C]``, True where image and caption belong together, from ``image_ids`` as the module describes them."""
+    if sim.ndim != 2 or not sim.is_floating_point():
+        raise ValueError(f"sim must be a floating-point matrix [images, captions], got {sim.dtype} {list(sim.shape)}")
+    if image_ids.dtype == torch.bool:
+        if image_ids.shape != sim.shape:
+            raise ValueError(f"image_ids must have the shape of sim {list(sim.shape)}, got {list(image_ids.shape)}")
+        return image_ids
+    if image_ids.is_floating_point() or image_ids.is_complex():
+        raise TypeError(f"image_ids must be of an integer type or bool, got {image_ids.dtype}")
+    if image_ids.shape != sim.shape[1:]:
+        raise ValueError(f"image_ids must have shape [{sim.shape[1]}] (one a caption), got {list(image_ids.shape)}")
+    return torch.arange(sim.shape[0], device=sim.device)[:, None] == image_ids
+
+
+def _mean_over(values: Tensor, where: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of values where True; 0 where there are none. `torch.where` and not a product: 0 * inf is NaN."""
+    total = torch.where(where, values, 0).sum(dim)
+    return total / where.sum(dim).clamp(min=1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

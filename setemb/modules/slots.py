@@ -1,0 +1,199 @@
+"""The set prediction module: K slots gather an item's local features into K embeddings.
+
+Source: Kim, Kim, Kwak, "Improving Cross-Modal Retrieval with Set of Diverse Embeddings", CVPR 2023, section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-7
+"""Added to the sum over tokens that normalises an attention row: a slot that no token chose gathers 0, not NaN."""
+
+
+class SetOutput(NamedTuple):
+    """The set of embeddings of each item of a batch."""
+
+    embeddings: Tensor
+    """``[B, K, dim]``, unit norm."""
+    slots: Tensor
+    """``[B, K, dim]``, the slots before the global vector is added; the diversity loss is taken over them."""
+    attention: Tensor | None = None
+    """``[B, heads, K, T]``, which slot each token chose in the last iteration (sums to 1 over K), 0 at masked tokens."""
+
+
+class SlotAttention(nn.Module):
+    r"""Attention that is a softmax over the *slots*, so that the slots compete for the tokens.
+
+    For each head, with :math:`z_{kt} = q_k \cdot k_t / \sqrt{dim\_head}` over the valid tokens t,
+
+    .. math:: A_{kt} = \mathrm{softmax}_k(z_{kt}), \qquad U_k = \frac{\sum_t A_{kt} v_t}{\sum_t A_{kt} + 10^{-7}}
+
+    Keys and values do not change over the iterations: `keys_values` is called once, `forward` once an iteration.
+    """
+
+    def __init__(self, dim: int, dim_context: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.scale = dim_head**-0.5
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_k = nn.Linear(dim_context, inner, bias=False)
+        self.to_v = nn.Linear(dim_context, inner, bias=False)
+        self.to_out = nn.Linear(inner, dim)
+
+    def keys_values(self, key_context: Tensor, value_context: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, T, dim_context]`` twice -> keys and values ``[B, heads, T, dim_head]``."""
+        return self._split(self.to_k(key_context)), self._split(self.to_v(value_context))
+
+    def forward(
+        self, slots: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, masked_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """The update ``[B, K, dim]`` and the attention ``[B, heads, K, T]`` before it is normalised over tokens.
+
+        ``mask`` is bool ``[B, T]``, True = valid; a masked token has weight ``masked_weight`` in every slot.
+        """
+        logits = (self._split(self.to_q(slots)) * self.scale) @ keys.transpose(-1, -2)
+        attention = logits.softmax(dim=-2)
+        if mask is not None:
+            attention = attention.masked_fill(~mask[:, None, None, :], masked_weight)
+        weights = attention / (attention.sum(-1, keepdim=True) + EPS)
+        update = (weights @ values).transpose(1, 2).flatten(2)
+        return self.to_out(update), attention
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class SetPrediction(nn.Module):
+    """K embeddings of an item from its local features and its global vector.
+
+    K learnt slots x, shared by all items, are refined ``iterations`` times by one attention and one feed-forward network,
+    which all iterations share::
+
+        x = x + Attention(LN(x), LN(local))
+        x = x + FFN(LN(x))                          dim -> 4 dim -> dim, exact GELU, dropout
+        slots = LN(x)
+        embeddings = unit(LN(global) + slots)
+
+    A masked token contributes nothing, whatever it holds. An item without a valid token gathers 0: its slots follow
+    from their own path and the attention's output bias alone.
+
+    Args:
+        dim_local: features of a local token.
+        dim_global: features of the global vector; a linear projection is added where it is not ``dim``.
+        dim: features of an embedding.
+        num_slots: K.
+        iterations: T, how often the slots are refined.
+        heads, dim_head: of the attention; the published module has 4 heads of 512.
+        dropout: in the feed-forward network.
+        position: "sine" adds a sine position encoding to what the keys (not the values) are made of; for text.
+        padding: "exact", or "dive" to reproduce the published code: there a masked token has weight 1/K in every slot and
+            positions are spread over the padded length, so that an embedding depends on what else is in its batch.
+    """
+
+    def __init__(
+        self,
+        dim_local: int,
+        dim_global: int,
+        dim: int,
+        num_slots: int = 4,
+        iterations: int = 4,
+        heads: int = 4,
+        dim_head: int = 64,
+        dropout: float = 0.1,
+        position: Literal["sine"] | None = None,
+        padding: Literal["exact", "dive"] = "exact",
+    ) -> None:
+        super().__init__()
+        sizes = dict(dim_local=dim_local, dim_global=dim_global, dim=dim, num_slots=num_slots, iterations=iterations)
+        for name, value in {**sizes, "heads": heads, "dim_head": dim_head}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if position not in (None, "sine"):
+            raise ValueError(f'position must be None or "sine", got {position!r}')
+        if padding not in ("exact", "dive"):
+            raise ValueError(f'padding must be "exact" or "dive", got {padding!r}')
+        self.dim_local, self.dim_global = dim_local, dim_global
+        self.iterations, self.position, self.padding = iterations, position, padding
+        self.slots = nn.Parameter(torch.randn(num_slots, dim))
+        self.norm_slots = nn.LayerNorm(dim)
+        self.norm_local = nn.LayerNorm(dim_local)
+        self.attention = SlotAttention(dim, dim_local, heads, dim_head)
+        self.norm_feedforward = nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
+        )
+        self.norm_last = nn.LayerNorm(dim)
+        self.project_global = nn.Identity() if dim_global == dim else nn.Linear(dim_global, dim)
+        self.norm_global = nn.LayerNorm(dim)
+
+    def forward(
+        self, local: Tensor, global_: Tensor, mask: Tensor | None = None, return_attention: bool = False
+    ) -> SetOutput:
+        """Embeds a batch.
+
+        Args:
+            local: ``[B, T, dim_local]`` local features.
+            global_: ``[B, dim_global]`` global vectors.
+            mask: bool ``[B, T]``, True = valid, or None where all are.
+            return_attention: also return the attention of the last iteration.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what was expected.
+        """
+        self._check(local, global_, mask)
+        exact = self.padding == "exact"
+        if mask is not None and exact:
+            local = torch.where(mask[..., None], local, 0)  # 0 * NaN would be NaN
+        context = self.norm_local(local)
+        key_context = context
+        if self.position == "sine":
+            key_context = context + self._positions(context, mask)
+        keys, values = self.attention.keys_values(key_context, context)
+        x = self.slots.expand(len(local), -1, -1)
+        masked_weight = 0.0 if exact else 1 / len(self.slots)
+        attention = None
+        for _ in range(self.iterations):
+            update, attention = self.attention(self.norm_slots(x), keys, values, mask, masked_weight)
+            x = x + update
+            x = x + self.feedforward(self.norm_feedforward(x))
+        slots = self.norm_last(x)
+        out = self.norm_global(self.project_global(global_))[:, None] + slots
+        return SetOutput(F.normalize(out, dim=-1), slots, attention if return_attention else None)
+
+    def _positions(self, context: Tensor, mask: Tensor | None) -> Tensor:
+        """``[B or 1, T, dim_local]``; position t of n is the angle ``2 pi t / n``, t = 1..n."""
+        index = torch.arange(1, context.shape[1] + 1, device=context.device, dtype=context.dtype)[None]
+        length = index.new_tensor(float(context.shape[1]))
+        if mask is not None and self.padding == "exact":
+            index = mask.to(context.dtype).cumsum(1)  # the item's own length, so that padding changes nothing
+            length = index[:, -1:]
+        angle = 2 * math.pi * index / (length + 1e-6)
+        return sine_encoding(angle, context.shape[2])
+
+    def _check(self, local: Tensor, global_: Tensor, mask: Tensor | None) -> None:
+        if local.ndim != 3 or local.shape[2] != self.dim_local:
+            raise ValueError(f"local must have shape [B, T, {self.dim_local}], got {list(local.shape)}")
+        if global_.shape != (local.shape[0], self.dim_global):
+            raise ValueError(
+                f"global_ must have shape [{local.shape[0]}, {self.dim_global}], got {list(global_.shape)}"
+            )
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be of bool (True = valid), got {mask.dtype}")
+            if mask.shape != local.shape[:2]:
+                raise ValueError(f"mask must have shape {list(local.shape[:2])}, got {list(mask.shape)}")
+
+
+def sine_encoding(position: Tensor, dim: int) -> Tensor:
+    """``[..., T]`` -> ``[..., T, dim]``: sine (even features) and cosine (odd) of ``position / 10000^(2 floor(i/2) / dim)``."""
+    i = torch.arange(dim, device=position.device)
+    frequency = 10000.0 ** (-2 * (i // 2) / dim)
+    angle = position[..., None] * frequency.to(position.dtype)
+    return torch.where(i % 2 == 0, angle.sin(), angle.cos())
