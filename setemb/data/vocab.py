@@ -1,0 +1,53 @@
+"""Words and their numbers, for a text encoder that is trained from scratch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, punctuation left out."""
+    return _WORD.findall(text.lower())
+
+
+class Vocabulary:
+    """Numbers of words. The first five are special: padding, unknown, masked, start and end of a text."""
+
+    SPECIAL = ("<pad>", "<unk>", "<mask>", "<start>", "<end>")
+    PAD, UNKNOWN, MASK, START, END = range(5)
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self.words = [*self.SPECIAL, *known]
+        self._ids = {word: i for i, word in enumerate(self.words)}
+        if len(self._ids) != len(self.words):
+            twice = next(word for word, n in Counter(self.words).items() if n > 1)
+            raise ValueError(f"a vocabulary holds each word once, got {twice!r} twice")
+
+    @classmethod
+    def build(cls, texts: Iterable[str], min_count: int = 1) -> Vocabulary:
+        """Of all words that occur at least ``min_count`` times, the most frequent first."""
+        counts = Counter(word for text in texts for word in words(text))
+        return cls(sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w)))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        """Start, the numbers of the text's words, end."""
+        return [self.START, *(self._ids.get(word, self.UNKNOWN) for word in words(text)), self.END]
+
+    def to_text(self) -> str:
+        """A word a line."""
+        return "".join(f"{word}\n" for word in self.words)
+
+    @classmethod
+    def from_text(cls, text: str) -> Vocabulary:
+        """The inverse of `to_text`."""
+        lines = text.splitlines()
+        if tuple(lines[: len(cls.SPECIAL)]) != cls.SPECIAL:
+            raise ValueError(f"a vocabulary starts with {', '.join(cls.SPECIAL)}, got {lines[: len(cls.SPECIAL)]}")
+        return cls(lines[len(cls.SPECIAL) :])

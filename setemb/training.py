@@ -1,0 +1,342 @@
+"""Training with Lightning: the module, the trainer, and runs that resume exactly where they were killed.
+
+A run is a folder::
+
+    config.yaml             what was asked for, sizes filled in
+    last.safetensors        the newest checkpoint: weights, optimizer, schedule, loop counters
+    best.safetensors        that with the highest dev RSUM
+    model/                  the best model as `SetEmbedder.save_pretrained` writes it, at the end
+    metrics/from_step_N/    metrics.csv of the part of the run that started at step N; `read_metrics` joins them
+    tensorboard/
+
+Exact resumption needs no saved random state: before every step the generators are seeded from the seed and the number
+of the step, and the data is a function of the same two numbers (`setemb.data.loader`).
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+
+from setemb.checkpoint import load_checkpoint, save_checkpoint, write_file
+from setemb.config import Config, DataConfig, LossConfig, from_dict, to_yaml
+from setemb.data.loader import RetrievalData, RetrievalDataModule, evaluation_loader
+from setemb.data.precomp import Captions, FeatureCaptions, PrecompDataset, TokenCaptions, WordCaptions
+from setemb.data.vocab import Vocabulary
+from setemb.evaluation import RecallReport, evaluate_retrieval
+from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
+from setemb.model import Batch, SetEmbedder
+from setemb.modules import TransformerTextEncoder
+
+
+class RetrievalModule(pl.LightningModule):
+    """The training step, the dev evaluation and the optimizer of a `SetEmbedder`."""
+
+    def __init__(self, config: Config, model: SetEmbedder) -> None:
+        super().__init__()
+        self.config, self.model = config, model
+        self._dev: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        torch.manual_seed((self.config.trainer.seed << 32) + self.global_step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, texts = self.model.encode_image(batch), self.model.encode_text(batch)
+        sim = self.model.similarity(images, texts)
+        parts = {"main": retrieval_loss(sim, positive_of(batch), self.config.loss, self._epochs_done())}
+        loss = parts["main"]
+        if self.config.loss.diversity > 0:
+            parts["diversity"] = diversity_loss(images.slots) + diversity_loss(texts.slots)
+            loss = loss + self.config.loss.diversity * parts["diversity"]
+        if self.config.loss.mmd > 0:
+            parts["mmd"] = mmd_loss(images.embeddings, texts.embeddings)
+            loss = loss + self.config.loss.mmd * parts["mmd"]
+        self.log("loss", loss.detach(), prog_bar=True)
+        self.log_dict({f"loss/{name}": value.detach() for name, value in parts.items()})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, texts = self.model.encode_image(batch), self.model.encode_text(batch)
+        self._dev.append((images.embeddings, texts.embeddings, batch["image_group"], batch["caption_group"]))
+
+    def on_validation_epoch_end(self) -> None:
+        report = evaluate_sets(self.model, self._dev)
+        self._dev.clear()
+        self.log("dev/rsum", report.rsum, prog_bar=True)
+        for way in ("image_to_text", "text_to_image"):
+            for name, value in asdict(getattr(report, way)).items():
+                self.log(f"dev/{way}/{name}", value)
+
+    def configure_optimizers(self) -> Any:
+        config, model = self.config.optimizer, self.model
+        groups = [
+            (config.image_factor, model.image_encoder),
+            (config.text_factor, model.text_encoder),
+            (config.sets_factor, torch.nn.ModuleList([model.image_sets, model.text_sets])),
+        ]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in part.parameters() if p.requires_grad], "lr": config.lr * factor}
+                for factor, part in groups
+            ],
+            weight_decay=config.weight_decay,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: cosine_with_warmup(step, total, config.warmup_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        vocabulary = self.model.vocabulary
+        checkpoint["setemb"] = {
+            "config": asdict(self.config),
+            "vocabulary": None if vocabulary is None else vocabulary.to_text(),
+        }
+
+    def _epochs_done(self) -> float:
+        return self.global_step / max(1, int(self.trainer.num_training_batches))
+
+
+def retrieval_loss(sim: Tensor, positive: Tensor, config: LossConfig, epochs_done: float) -> Tensor:
+    """The main loss of a step; ``positive`` is bool ``[B, C]`` or the captions' image rows ``[C]``."""
+    if config.kind == "info_nce":
+        return info_nce_loss(sim, positive, config.temperature)
+    # mean of violations for the warm-up, then linearly to the hardest negative in as many epochs again
+    ramp = 1.0 if config.warmup_epochs <= 0 else min(max(epochs_done / config.warmup_epochs - 1, 0.0), 1.0)
+    return hardest_triplet_loss(sim, positive, config.margin, config.hardest_fraction * ramp)
+
+
+def positive_of(batch: Batch) -> Tensor:
+    """bool ``[B, C]``: the positive pairs of a batch."""
+    if "positive" in batch:
+        return batch["positive"]
+    return batch["image_group"][:, None] == batch["caption_group"]
+
+
+def cosine_with_warmup(step: int, total: int, warmup: int) -> float:
+    """Factor on the learning rate: linear from 1 / warmup to 1, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def evaluate_sets(
+    model: SetEmbedder, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], folds: int | None = None
+) -> RecallReport:
+    """Recall over batches of (image sets, caption sets, image groups, caption groups)."""
+    image_sets, caption_sets, image_groups, caption_groups = (torch.cat(p) for p in zip(*parts, strict=True))
+    return evaluate_retrieval(
+        image_sets.float(),
+        caption_sets.float(),
+        folds=folds,
+        similarity=model.similarity,
+        image_groups=image_groups,
+        caption_groups=caption_groups,
+    )
+
+
+@torch.inference_mode()
+def encode_dataset(
+    model: SetEmbedder, data: RetrievalData, batch_size: int = 128
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What `evaluate_sets` takes, of a whole data set, on the device of the model."""
+    model.eval()
+    device = next(model.parameters()).device
+    result = []
+    for batch in evaluation_loader(data, batch_size):
+        batch = {key: value.to(device) for key, value in batch.items()}
+        images, texts = model.encode_image(batch), model.encode_text(batch)
+        result.append((images.embeddings, texts.embeddings, batch["image_group"], batch["caption_group"]))
+    return result
+
+
+class SafetensorsIO(CheckpointIO):
+    """Lightning's checkpoints as `setemb.checkpoint` writes them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """``best.safetensors``: the epoch with the highest dev RSUM."""
+
+    FILE_EXTENSION = ".safetensors"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder, "best", monitor="dev/rsum", mode="max", enable_version_counter=False, save_on_train_epoch_end=False
+        )
+
+
+class LastCheckpoint(Callback):
+    """``last.safetensors``: every ``every`` steps and at the end of each epoch, after its evaluation."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.every > 0 and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def fit(config: Config, model: SetEmbedder, data: RetrievalDataModule, folder: str | Path, resume: bool = False) -> Path:
+    """Trains a model, or goes on with a run that was stopped; returns the folder of the run's model.
+
+    Args:
+        config: of the run; ``model.config`` is taken from ``model``.
+        model: its weights are where training starts.
+        data: see `RetrievalDataModule`.
+        folder: of the run; a folder that holds a run already is refused unless ``resume``.
+        resume: go on from ``last.safetensors``. The result is, to the bit, that of a run that was not stopped (on one
+            machine with one number of threads).
+
+    Raises:
+        ValueError, FileExistsError, FileNotFoundError: naming the folder.
+    """
+    folder = Path(folder)
+    last = folder / "last.safetensors"
+    if resume and not last.is_file():
+        raise FileNotFoundError(f"nothing to resume: no {last}")
+    if not resume and last.exists():
+        raise FileExistsError(f"{folder} holds a run already: resume it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    config.model = model.config
+    write_file(folder / "config.yaml", to_yaml(config).encode())
+    start = load_checkpoint(last)["global_step"] if resume else 0
+    settings = config.trainer
+    best = BestCheckpoint(folder) if data.dev is not None else None
+    callbacks: list[Callback] = [EMAWeightAveraging(decay=settings.ema_decay)] if settings.ema_decay > 0 else []
+    callbacks += [LastCheckpoint(last, settings.checkpoint_every)]
+    callbacks += [best] if best is not None else []
+    callbacks += [TQDMProgressBar()] if settings.progress else []
+    trainer = pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=cast(Any, settings.precision),
+        max_epochs=settings.epochs,
+        gradient_clip_val=settings.gradient_clip or None,
+        check_val_every_n_epoch=settings.validate_every,
+        log_every_n_steps=settings.log_every,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=[
+            CSVLogger(folder, "metrics", f"from_step_{start}"),
+            TensorBoardLogger(folder, "tensorboard", ""),
+        ],
+        plugins=[SafetensorsIO()],
+        enable_checkpointing=best is not None,
+        enable_progress_bar=settings.progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # StepBatches resumes by the step
+        trainer.fit(RetrievalModule(config, model), data, ckpt_path=last if resume else None)
+    chosen = folder / "best.safetensors"
+    load_model(chosen if chosen.is_file() else last).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def load_model(path: str | Path) -> SetEmbedder:
+    """A model from a run's folder, a folder of `SetEmbedder.save_pretrained`, or a checkpoint file; in evaluation mode.
+
+    Of a run that has not ended, the best checkpoint so far is taken, or the last where there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for folder in (path, path / "model"):
+            if (folder / "config.json").is_file():
+                return SetEmbedder.from_pretrained(folder)
+        for name in ("best", "last"):
+            if (path / f"{name}.safetensors").is_file():
+                return load_model(path / f"{name}.safetensors")
+        raise FileNotFoundError(f"{path} holds neither a model nor a run")
+    checkpoint = load_checkpoint(path)
+    config = from_dict(Config, checkpoint["setemb"]["config"])
+    words = checkpoint["setemb"]["vocabulary"]
+    model = SetEmbedder(config.model, None if words is None else Vocabulary.from_text(words))
+    weights: Mapping[str, Tensor] = checkpoint["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+    return model.eval()
+
+
+def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> Path:
+    """`fit` on a folder of the precomputed format, with sizes and vocabulary taken from its training split."""
+    settings = config.data
+    if not settings.dir:
+        raise ValueError("data.dir must name the folder with the data, got nothing")
+    settings.dir = str(Path(settings.dir).absolute())
+    train = PrecompDataset(settings.dir, settings.train_split, settings.region_drop, settings.captions_per_image)
+    dev = PrecompDataset(settings.dir, settings.dev_split)
+    pl.seed_everything(config.trainer.seed, verbose=False)
+    vocabulary = None
+    config.model.image.dim_in = train.images.shape[2]
+    if config.model.text.encoder == "bigru":
+        vocabulary = Vocabulary.build(train.texts, settings.min_word_count)
+        config.model.text.vocab_size = len(vocabulary)
+    elif config.model.text.encoder == "features":
+        config.model.text.dim_in = 384
+    model = SetEmbedder(config.model, vocabulary)
+    for data in (train, dev):
+        data.captions = captions_for(model, data.texts, settings)
+    module = RetrievalDataModule(train, dev, settings.batch_size, config.trainer.seed, settings.workers)
+    return fit(config, model, module, folder, resume)
+
+
+def evaluate_precomp(
+    path: str | Path, settings: DataConfig, split: str = "dev", folds: int | None = None
+) -> RecallReport:
+    """Recall of a model (see `load_model`) on a split of a folder of the precomputed format."""
+    if not settings.dir:
+        raise ValueError("data.dir must name the folder with the data, got nothing")
+    model = load_model(path)
+    data = PrecompDataset(settings.dir, split)
+    if data.images.shape[2] != model.config.image.dim_in:
+        raise ValueError(
+            f"the model takes image features of size {model.config.image.dim_in}, {settings.dir} has {data.images.shape[2]}"
+        )
+    data.captions = captions_for(model, data.texts, settings)
+    return evaluate_sets(model, encode_dataset(model, data, settings.batch_size), folds)
+
+
+def captions_for(model: SetEmbedder, texts: Sequence[str], settings: DataConfig) -> Captions:
+    """Captions in the form that the model's text encoder takes."""
+    if isinstance(model.text_encoder, TransformerTextEncoder):
+        return TokenCaptions(texts, model.text_encoder.tokenize)
+    if model.vocabulary is not None:
+        return WordCaptions(texts, model.vocabulary, settings.word_drop)
+    return FeatureCaptions.cached(texts, model.config.text.source, settings.cache, settings.word_drop)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """The logged rows of a run in the order of their steps; of a step that was run twice, what was logged last."""
+    parts = sorted((int(path.parent.name.rpartition("_")[2]), path) for path in Path(folder).glob("metrics/*/metrics.csv"))
+    rows: list[dict[str, float]] = []
+    for start, path in parts:
+        with path.open(newline="", encoding="utf-8") as file:
+            new = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = [row for row in rows if row["step"] < start] + new
+    return rows
