@@ -1,0 +1,531 @@
+// All-pairs smooth-Chamfer similarity on the CPU, forward and backward. The formula and its derivative in words:
+// setemb_kernels/ops/smooth_chamfer/reference.py.
+//
+// Scores are made a tile at a time (gemm.h), and what the similarity does with a tile happens while it is in cache
+// (smooth_chamfer_tile.h). Operands are packed panel-wise, a bounded part at a time (`Budget`), so the working memory does not grow with N, M.
+//
+// The backward pass makes each tile again, turns it into the weights w = g ds/dc, and multiplies: dX += w Y at once, by the task that
+// owns those rows of x; dY += w^T X in a second step, by the task that owns those rows of y, from a bounded store of tiles. Every output
+// element is summed by one task in one order: the result does not depend on the number of threads.
+#include "smooth_chamfer.h"
+
+#include <cmath>
+#include <vector>
+
+#include "gemm.h"
+#include "parallel.h"
+#include "smooth_chamfer_tile.h"
+
+namespace setemb {
+namespace {
+
+// Bytes of packed operands and stored tiles at a time: constant for up to 8 threads, then what keeps each of them busy.
+struct Budget {
+  static int64_t x() { return mebibytes(12); }
+  static int64_t y() { return mebibytes(16); }
+  static int64_t tiles() { return mebibytes(12); }
+
+ private:
+  static int64_t mebibytes(int64_t n) { return (n << 20) * std::max<int64_t>(1, threads() / 8); }
+};
+
+// Above this a float32 sum of all of dY is not kept for 16-bit types.
+constexpr int64_t kSumBytes = int64_t{24} << 20;
+
+// Row stride of a tile wherever its columns fit: not a power of two, so that a column of it does not share one cache set.
+constexpr int64_t kTileStride = 528;
+constexpr int64_t kTileRows = 96;
+
+// exponent(v): the e of |v| < 2^e; 0 for 0 and for what is not finite
+int exponent_of(double v) {
+  int e = 0;
+  if (std::isfinite(v)) std::frexp(v, &e);
+  return e;
+}
+
+// By how many powers of two a sum of `terms` products below 2^exponent may leave the range of T.
+template <class T>
+int excess_exponent(int exponent, int64_t terms) {
+  return std::max(0, exponent + exponent_of(static_cast<double>(terms)) + 1 - Format<T>::bias);
+}
+
+// The sets of one side with what is known of each.
+template <class In, class T>
+class Side {
+ public:
+  Side(const SetBatch& b, int64_t features) : batch(b), norm(b.sets), weight(b.sets), largest_of_(b.sets) {
+    run_tasks(div_up(b.sets, kSetsPerTask), [&](int64_t task, int64_t) {
+      for (int64_t i = task * kSetsPerTask; i < std::min(b.sets, (task + 1) * kSetsPerTask); ++i) measure(i, features);
+    });
+    for (double v : largest_of_) largest = v > largest || std::isnan(v) ? v : largest;
+  }
+
+  // Vector `v` of set `i`, null where it is masked.
+  const In* vector(int64_t i, int64_t v) const {
+    if (batch.mask != nullptr && !batch.mask[i * batch.vectors + v]) return nullptr;
+    return static_cast<const In*>(batch.data) + i * batch.set_stride + v * batch.vector_stride;
+  }
+
+  const SetBatch batch;
+  std::vector<double> norm;  // of the longest vector of a set; NaN where it holds one
+  std::vector<T> weight;     // 1 / (2 |set|), 0 where it is empty
+  double largest = 0;        // |value|
+
+ private:
+  static constexpr int64_t kSetsPerTask = 64;
+
+  void measure(int64_t i, int64_t features) {
+    int64_t valid = 0;
+    double longest = 0, largest_here = 0;
+    for (int64_t v = 0; v < batch.vectors; ++v) {
+      const In* p = vector(i, v);
+      if (p == nullptr) continue;
+      ++valid;
+      constexpr int parts = 16;  // independent sums: the loop vectorises
+      T squares[parts] = {}, maxima[parts] = {};
+      int64_t d = 0;
+      for (; d + parts <= features; d += parts) {
+        for (int j = 0; j < parts; ++j) add(to_float(p[d + j]), squares[j], maxima[j]);
+      }
+      for (; d < features; ++d) add(to_float(p[d]), squares[0], maxima[0]);
+      double square = 0;
+      for (int j = 0; j < parts; ++j) {
+        square += squares[j];
+        largest_here = std::max<double>(largest_here, maxima[j]);
+      }
+      const double length = std::sqrt(square);
+      longest = length > longest || std::isnan(length) ? length : longest;
+    }
+    norm[i] = longest;
+    largest_of_[i] = largest_here;
+    weight[i] = valid == 0 ? T(0) : T(0.5) / static_cast<T>(valid);
+  }
+
+  static void add(T value, T& square, T& maximum) {
+    square += value * value;
+    const T magnitude = value < 0 ? -value : value;
+    maximum = magnitude > maximum ? magnitude : maximum;
+  }
+
+  std::vector<double> largest_of_;
+};
+
+// How sets are cut into blocks, and the sizes that follow.
+template <class P>
+struct Blocks {
+  using T = typename P::Acc;
+
+  int64_t K, L, D;
+  int64_t x_sets, y_sets;    // sets in a block
+  int64_t x_count, y_count;  // blocks
+  int64_t rows, columns;     // of a tile, padded: whole micro-tiles
+  int64_t ld;                // of a tile
+
+  Blocks(int64_t N, int64_t M, int64_t K, int64_t L, int64_t D) : K(K), L(L), D(D) {
+    // whole sets in as many rows as leave the least of the last micro-tile empty
+    x_sets = 1;
+    double best = 0;
+    for (int64_t sets = std::max<int64_t>(1, kTileRows * 2 / 3 / K); sets <= std::max<int64_t>(1, kTileRows * 4 / 3 / K); ++sets) {
+      const double use = static_cast<double>(sets * K) / static_cast<double>(round_up(sets * K, kMicroRows));
+      if (use > best) best = use, x_sets = sets;
+    }
+    x_sets = balanced(N, x_sets, 1);
+    constexpr int64_t lanes = kLanes<T>;
+    y_sets = balanced(M, std::max<int64_t>(1, (kTileStride - 16) / (L * lanes)) * lanes, lanes);
+    x_count = div_up(N, x_sets);
+    y_count = div_up(M, y_sets);
+    rows = round_up(x_sets * K, kMicroRows);
+    columns = round_up(L * y_sets, kMicroColumns<P>);
+    ld = columns <= kTileStride ? kTileStride : columns + 16;
+  }
+
+  int64_t steps() const { return div_up(D, P::group); }               // of the product over features
+  int64_t feature_panels() const { return div_up(D, kMicroColumns<P>); }
+  int64_t row_steps() const { return div_up(x_sets * K, P::group); }  // of the product over rows of a tile
+  int64_t column_steps() const { return div_up(L * y_sets, P::group); }
+  int64_t x_outer() const { return rows * steps(); }  // elements of a packed block, for the product over features
+  int64_t y_outer() const { return columns * steps(); }
+  int64_t x_inner() const { return feature_panels() * row_steps() * kMicroColumns<P>; }  // for the product that makes dY
+  int64_t y_inner() const { return feature_panels() * column_steps() * kMicroColumns<P>; }
+
+ private:
+  // At most `most` sets a block, whole units, all blocks alike: the last is not nearly empty.
+  static int64_t balanced(int64_t sets, int64_t most, int64_t unit) {
+    return round_up(div_up(sets, div_up(sets, most)), unit);
+  }
+};
+
+// The packed blocks [first, last) of one side.
+template <class P>
+struct Packed {
+  using E = typename P::Element;
+  int64_t capacity = 0, first = 0, last = 0, outer_size = 0, inner_size = 0;
+  Buffer<E> outer_data, inner_data;
+  Buffer<typename P::Acc> valid;  // y: [block][L * y_sets], 1 or 0
+
+  Packed(int64_t blocks, int64_t budget, int64_t outer, int64_t inner, int64_t valid_size)
+      : outer_size(outer), inner_size(inner) {
+    const int64_t bytes = std::max<int64_t>(1, (outer + inner) * static_cast<int64_t>(sizeof(E)));
+    capacity = std::clamp<int64_t>(budget / bytes, 1, blocks);
+    outer_data = Buffer<E>(capacity * outer);
+    inner_data = Buffer<E>(capacity * inner);
+    valid = Buffer<typename P::Acc>(capacity * valid_size);
+  }
+  E* outer(int64_t block) const { return outer_data.get() + (block - first) * outer_size; }
+  E* inner(int64_t block) const { return inner_data.get() + (block - first) * inner_size; }
+};
+
+// What one thread works in.
+template <class P>
+struct Scratch {
+  using T = typename P::Acc;
+  Buffer<T> tile;                     // [rows][ld]
+  Buffer<typename P::Element> pairs;  // weights rounded to the element, [rows][ld / group]
+  Buffer<T> line;                     // a value for each set of y of a block
+  Buffer<T> idle_row;                 // where the rows of a micro-tile go that nobody wants
+  Buffer<Vec<T>> sums;
+  std::vector<T*> rows;
+
+  explicit Scratch(const Blocks<P>& b)
+      : tile(b.rows * b.ld),
+        pairs(P::group == 1 ? 0 : b.rows * b.ld / P::group),
+        line(b.y_sets),
+        idle_row(std::max(b.ld, b.D)),
+        sums(4 * (b.K + b.L)),
+        rows(round_up(std::max(b.rows, b.columns), kMicroRows)) {}
+};
+
+template <class In, class P>
+class SmoothChamfer {
+  using T = typename P::Acc;
+  using E = typename P::Element;
+
+ public:
+  explicit SmoothChamfer(const ChamferProblem& p)
+      : x_(p.x, p.features),
+        y_(p.y, p.features),
+        b_(p.x.sets, p.y.sets, p.x.vectors, p.y.vectors, p.features),
+        alpha_(p.alpha),
+        exponent_(excess_exponent<T>(exponent_of(x_.largest) + exponent_of(y_.largest), p.features)),
+        masked_(p.x.mask != nullptr || p.y.mask != nullptr),
+        y_weight_(b_.y_count * b_.y_sets),
+        x_norm_(block_norms(x_.norm, b_.x_sets)),
+        y_norm_(block_norms(y_.norm, b_.y_sets)) {
+    std::copy(y_.weight.begin(), y_.weight.end(), y_weight_.begin());
+    for (int64_t i = 0; i < threads(); ++i) scratch_.emplace_back(b_);
+  }
+
+  // Whether products overflow T: then scores are made of x times 2^-exponent_.
+  bool scaled() const { return exponent_ != 0; }
+
+  void forward(In* out) {
+    Packed<P> xs(b_.x_count, Budget::x(), b_.x_outer(), 0, 0), ys(b_.y_count, Budget::y(), b_.y_outer(), 0, b_.L * b_.y_sets);
+    for_each_part(ys, b_.y_count, ys.capacity, [&] {
+      pack_y(ys, false);
+      for_each_part(xs, b_.x_count, xs.capacity, [&] {
+        if (ys.first == 0 || xs.capacity < b_.x_count) pack_x(xs, false);
+        const int64_t width = ys.last - ys.first;
+        run_tasks((xs.last - xs.first) * width, [&](int64_t task, int64_t worker) {
+          forward_tile(xs, xs.first + task / width, ys, ys.first + task % width, scratch_[worker], out);
+        });
+      });
+    });
+  }
+
+  // Sums into x_sum, y_sum and alpha, each null where not needed. With In other than T, x_sum is converted into x_out.
+  void backward(StridedMatrix grad, int shrink, T* x_sum, In* x_out, T* y_sum, double* alpha) {
+    const bool need_x = x_sum != nullptr || x_out != nullptr, need_y = y_sum != nullptr;
+    Packed<P> xs(b_.x_count, Budget::x(), b_.x_outer(), need_y ? b_.x_inner() : 0, 0);
+    Packed<P> ys(b_.y_count, Budget::y(), b_.y_outer(), need_x ? b_.y_inner() : 0, b_.L * b_.y_sets);
+    const int64_t tiles = std::max<int64_t>(1, Budget::tiles() / (b_.rows * b_.ld * static_cast<int64_t>(sizeof(T)) / P::group));
+    const int64_t y_part = std::min<int64_t>({ys.capacity, 4, tiles}), x_part = std::min(xs.capacity, tiles / y_part);
+    Buffer<E> store(need_y ? x_part * y_part * tile_elements() : 0);
+    Buffer<T> part_sum(x_out != nullptr ? x_part * b_.x_sets * b_.K * b_.D : 0);
+    std::vector<double> entropy(alpha != nullptr ? b_.x_count : 0, 0.0);
+    for_each_part(xs, b_.x_count, x_part, [&] {
+      pack_x(xs, need_y);
+      T* const sum = x_out != nullptr ? part_sum.get() : x_sum == nullptr ? nullptr : x_sum + xs.first * b_.x_sets * b_.K * b_.D;
+      for_each_part(ys, b_.y_count, y_part, [&] {
+        if (xs.first == 0 || y_part < b_.y_count) pack_y(ys, need_x);
+        const auto tile_of = [&](int64_t x, int64_t y) {
+          return store.get() + ((x - xs.first) * y_part + (y - ys.first)) * tile_elements();
+        };
+        run_tasks(xs.last - xs.first, [&](int64_t task, int64_t worker) {
+          const int64_t x = xs.first + task;
+          for (int64_t y = ys.first; y < ys.last; ++y) {
+            E* const kept = need_y ? tile_of(x, y) : nullptr;
+            weights_tile(xs, x, ys, y, grad, shrink, scratch_[worker], kept, alpha != nullptr ? &entropy[x] : nullptr);
+            if (need_x) add_to_x(x, ys, y, scratch_[worker], kept, sum + task * b_.x_sets * b_.K * b_.D);
+          }
+        });
+        if (!need_y) return;
+        // as many tasks as keep all threads busy, a whole number of panels of features each
+        const int64_t panels = std::clamp<int64_t>(b_.feature_panels() * (ys.last - ys.first) / (4 * threads()), 4, 64);
+        const int64_t pieces = div_up(b_.feature_panels(), panels);
+        run_tasks((ys.last - ys.first) * pieces, [&](int64_t task, int64_t worker) {
+          const int64_t y = ys.first + task / pieces;
+          for (int64_t x = xs.first; x < xs.last; ++x) {
+            add_to_y(xs, x, y, tile_of(x, y), task % pieces * panels, panels, scratch_[worker], y_sum);
+          }
+        });
+      });
+      if (x_out != nullptr) {
+        const int64_t first = xs.first * b_.x_sets, last = std::min(x_.batch.sets, xs.last * b_.x_sets);
+        convert(sum, x_out + first * b_.K * b_.D, (last - first) * b_.K * b_.D, shrink);
+      }
+    });
+    if (alpha != nullptr) {
+      for (double h : entropy) *alpha += h;
+    }
+  }
+
+  // By how many powers of two the upstream gradient is made smaller, so that no sum of g w y overflows.
+  int shrink_of(StridedMatrix grad) const {
+    const int64_t N = x_.batch.sets, M = y_.batch.sets;
+    std::vector<double> largest(N, 0.0);
+    run_tasks(div_up(N, 16), [&](int64_t task, int64_t) {
+      for (int64_t n = task * 16; n < std::min(N, task * 16 + 16); ++n) {
+        const In* g = static_cast<const In*>(grad.data) + n * grad.row_stride;
+        for (int64_t m = 0; m < M; ++m) largest[n] = std::max<double>(largest[n], std::abs(to_float(g[m * grad.column_stride])));
+      }
+    });
+    const double g = *std::max_element(largest.begin(), largest.end());
+    return excess_exponent<T>(exponent_of(g) + std::max(exponent_of(x_.largest), exponent_of(y_.largest)),
+                              std::max(N * b_.K, M * b_.L));
+  }
+
+ private:
+  // Elements of a tile of weights as it is kept for dY.
+  int64_t tile_elements() const { return div_up(b_.rows, P::group) * b_.ld; }
+
+  static std::vector<double> block_norms(const std::vector<double>& norm, int64_t sets) {
+    std::vector<double> out;
+    for (size_t i = 0; i < norm.size(); ++i) {
+      if (i % sets == 0) out.push_back(0);
+      if (!(norm[i] <= out.back())) out.back() = norm[i];  // NaN too
+    }
+    return out;
+  }
+
+  template <class F>
+  static void for_each_part(Packed<P>& packed, int64_t blocks, int64_t part, const F& f) {
+    for (int64_t first = 0; first < blocks; first += part) {
+      packed.first = first;
+      packed.last = std::min(blocks, first + part);
+      f();
+    }
+  }
+
+  int64_t x_sets_in(int64_t block) const { return std::min(b_.x_sets, x_.batch.sets - block * b_.x_sets); }
+
+  void pack_x(Packed<P>& xs, bool inner) const {
+    run_tasks(xs.last - xs.first, [&](int64_t task, int64_t) {
+      const int64_t block = xs.first + task, count = x_sets_in(block) * b_.K;
+      std::vector<const In*> rows(count);
+      for (int64_t r = 0; r < count; ++r) rows[r] = x_.vector(block * b_.x_sets + r / b_.K, r % b_.K);
+      pack_outer<P>(rows.data(), count, b_.D, kMicroRows, xs.outer(block), static_cast<T>(std::ldexp(1.0, -exponent_)));
+      if (inner) pack_inner<P>(rows.data(), count, b_.D, xs.inner(block));
+    });
+  }
+
+  void pack_y(Packed<P>& ys, bool inner) const {
+    run_tasks(ys.last - ys.first, [&](int64_t task, int64_t) {
+      const int64_t block = ys.first + task, count = b_.L * b_.y_sets;
+      T* const valid = ys.valid.get() + task * count;
+      std::vector<const In*> columns(count);
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t m = block * b_.y_sets + j % b_.y_sets;
+        columns[j] = m < y_.batch.sets ? y_.vector(m, j / b_.y_sets) : nullptr;
+        valid[j] = columns[j] == nullptr ? 0 : 1;
+      }
+      pack_outer<P>(columns.data(), count, b_.D, kMicroColumns<P>, ys.outer(block), T(1));
+      if (inner) pack_inner<P>(columns.data(), count, b_.D, ys.inner(block));
+    });
+  }
+
+  // The scores of block x with block y into `scores`, and the tile that describes them.
+  ChamferTile<T> score_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, Scratch<P>& s, T* scores) const {
+    const int64_t sets = x_sets_in(x), panels = div_up(sets * b_.K, kMicroRows);
+    for (int64_t r = 0; r < panels * kMicroRows; ++r) s.rows[r] = scores + r * b_.ld;
+    multiply<P>({xs.outer(x), kMicroRows * b_.steps(), 1, kMicroRows}, {ys.outer(y), kMicroColumns<P> * b_.steps()}, panels,
+                b_.columns, b_.steps(), s.rows.data(), false);
+    const double largest = Format<T>::largest;
+    return {scores,
+            b_.ld,
+            sets,
+            b_.K,
+            b_.L,
+            b_.y_sets,
+            exponent_ == 0 && x_norm_[x] * y_norm_[y] * alpha_ <= kSharedShiftLimit,
+            masked_,
+            x_.batch.mask == nullptr ? nullptr : x_.batch.mask + x * b_.x_sets * b_.K,
+            ys.valid.get() + (y - ys.first) * b_.L * b_.y_sets,
+            x_.weight.data() + x * b_.x_sets,
+            y_weight_.data() + y * b_.y_sets,
+            static_cast<T>(std::min(largest, std::ldexp(alpha_, exponent_))),
+            static_cast<T>(std::min(largest, std::ldexp(1 / alpha_, -exponent_))),
+            s.sums.get()};
+  }
+
+  void forward_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, Scratch<P>& s, In* out) const {
+    const ChamferTile<T> tile = score_tile(xs, x, ys, y, s, s.tile.get());
+    ChamferEpilogue<T> epilogue(tile);
+    const int64_t M = y_.batch.sets, first = y * b_.y_sets, width = std::min(b_.y_sets, M - first);
+    T* const line = s.line.get();
+    // 2^exponent_ may not be a number of T, its halves are
+    const T low = static_cast<T>(std::ldexp(1.0, exponent_ / 2)), high = static_cast<T>(std::ldexp(1.0, exponent_ - exponent_ / 2));
+    for (int64_t n = 0; n < tile.sets; ++n) {
+      epilogue.similarity(n, line);
+      In* const row = out + (x * b_.x_sets + n) * M + first;
+      for (int64_t m = 0; m < width; ++m) row[m] = saturate<In>(line[m] * low * high);
+    }
+  }
+
+  // Makes the weights of one tile: in s.tile, and where dY needs them in `kept`, as add_to_y reads them.
+  void weights_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, StridedMatrix grad, int shrink, Scratch<P>& s,
+                    E* kept, double* entropy) const {
+    T* scores = s.tile.get();
+    if constexpr (P::group == 1) scores = kept != nullptr ? kept : scores;
+    const ChamferTile<T> tile = score_tile(xs, x, ys, y, s, scores);
+    ChamferEpilogue<T> epilogue(tile);
+    const int64_t first = y * b_.y_sets, width = std::min(b_.y_sets, y_.batch.sets - first);
+    const T scale = static_cast<T>(std::ldexp(1.0, -shrink));
+    T* const line = s.line.get();
+    Vec<T> sum = {};
+    std::fill_n(line, b_.y_sets, T(0));
+    for (int64_t n = 0; n < tile.sets; ++n) {
+      const In* g = static_cast<const In*>(grad.data) + (x * b_.x_sets + n) * grad.row_stride + first * grad.column_stride;
+      for (int64_t m = 0; m < width; ++m) line[m] = to_float(g[m * grad.column_stride]) * scale;
+      entropy != nullptr ? epilogue.template weights<true>(n, line, sum) : epilogue.template weights<false>(n, line, sum);
+    }
+    if (entropy != nullptr) *entropy += horizontal_sum<T>(sum);
+    if constexpr (P::group == 2) P::round_tile(scores, div_up(tile.sets * b_.K, kMicroRows) * kMicroRows, b_.columns, b_.ld, s.pairs.get(), kept);
+  }
+
+  // dX of block x += weights * Y. The weights of a tile are read as they lie.
+  void add_to_x(int64_t x, const Packed<P>& ys, int64_t y, Scratch<P>& s, const E* kept, T* sum) const {
+    const int64_t rows = x_sets_in(x) * b_.K, panels = div_up(rows, kMicroRows), stride = b_.ld / P::group;
+    for (int64_t r = 0; r < panels * kMicroRows; ++r) s.rows[r] = r < rows ? sum + r * b_.D : s.idle_row.get();
+    const E* weights;
+    if constexpr (P::group == 1) {
+      weights = kept != nullptr ? kept : s.tile.get();
+    } else {
+      weights = s.pairs.get();
+    }
+    multiply<P, kTileStride / P::group>({weights, kMicroRows * stride, stride, 1},
+                                        {ys.inner(y), kMicroColumns<P> * b_.column_steps()}, panels, b_.D, b_.column_steps(),
+                                        s.rows.data(), y > 0);
+  }
+
+  // dY of block y += weights^T * X, for `panels` panels of features from `panel` on.
+  void add_to_y(const Packed<P>& xs, int64_t x, int64_t y, const E* weights, int64_t panel, int64_t panels, Scratch<P>& s,
+                T* sum) const {
+    const int64_t M = y_.batch.sets, count = b_.L * b_.y_sets, begin = panel * kMicroColumns<P>;
+    const int64_t end = std::min(b_.D, (panel + panels) * kMicroColumns<P>), rows = x_sets_in(x) * b_.K;
+    for (int64_t j = 0; j < round_up(count, kMicroRows); ++j) {
+      const int64_t m = y * b_.y_sets + j % b_.y_sets, l = j / b_.y_sets;
+      s.rows[j] = j < count && m < M ? sum + (m * b_.L + l) * b_.D + begin : s.idle_row.get();
+    }
+    const int64_t steps = div_up(rows, P::group), panel_size = kMicroColumns<P> * steps;
+    multiply<P>({weights, kMicroRows, 1, b_.ld}, {xs.inner(x) + panel * panel_size, panel_size}, div_up(count, kMicroRows),
+                end - begin, steps, s.rows.data(), x > 0);
+  }
+
+ public:
+  static void convert(const T* sum, In* out, int64_t count, int shrink) {
+    const T low = static_cast<T>(std::ldexp(1.0, shrink / 2)), high = static_cast<T>(std::ldexp(1.0, shrink - shrink / 2));
+    constexpr int64_t piece = 1 << 16;
+    run_tasks(div_up(count, piece), [&](int64_t task, int64_t) {
+      for (int64_t i = task * piece; i < std::min(count, (task + 1) * piece); ++i) out[i] = saturate<In>(sum[i] * low * high);
+    });
+  }
+
+ private:
+  const Side<In, T> x_, y_;
+  const Blocks<P> b_;
+  const double alpha_;
+  const int exponent_;
+  const bool masked_;
+  std::vector<T> y_weight_;              // as y_.weight, padded to whole blocks
+  std::vector<double> x_norm_, y_norm_;  // of the longest vector of a block
+  std::vector<Scratch<P>> scratch_;
+};
+
+template <class In>
+using AccOf = std::conditional_t<std::is_same_v<In, double>, double, float>;
+
+// Calls f with the fastest policy that serves In on this processor and these values.
+template <class In, class F>
+void with_policy(const ChamferProblem& problem, const F& f) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<In, bfloat16_t>) {
+    if (__builtin_cpu_supports("avx512bf16")) {
+      SmoothChamfer<In, BFloat16Pairs> op(problem);
+      if (!op.scaled()) return f(op);
+    }
+  }
+#endif
+  SmoothChamfer<In, Plain<AccOf<In>>> op(problem);
+  f(op);
+}
+
+template <class In>
+void backward_as(ChamferProblem problem, StridedMatrix grad, ChamferGradients out) {
+  using T = AccOf<In>;
+  constexpr bool direct = std::is_same_v<In, T>;
+  const int64_t x_size = problem.x.sets * problem.x.vectors * problem.features;
+  const int64_t y_size = problem.y.sets * problem.y.vectors * problem.features;
+  if (!direct && out.y != nullptr && y_size * static_cast<int64_t>(sizeof(T)) > kSumBytes) {
+    // The sums of dX are kept for a part at a time, those of dY are not. The similarity is symmetric: dY is the dX of the swapped
+    // problem, at the price of making the scores twice.
+    std::swap(problem.x, problem.y);
+    std::swap(grad.row_stride, grad.column_stride);
+    const ChamferGradients y_alone = {out.y, nullptr, nullptr};
+    backward_as<In>(problem, grad, y_alone);
+    std::swap(problem.x, problem.y);
+    std::swap(grad.row_stride, grad.column_stride);
+    out.y = nullptr;
+    if (out.x == nullptr && out.alpha == nullptr) return;
+  }
+  with_policy<In>(problem, [&](auto& op) {
+    const int shrink = op.shrink_of(grad);
+    double entropy = 0;
+    double* const alpha = out.alpha != nullptr ? &entropy : nullptr;
+    In *const x = static_cast<In*>(out.x), *const y = static_cast<In*>(out.y);
+    if constexpr (direct) {
+      op.backward(grad, shrink, x, nullptr, y, alpha);
+      if (shrink != 0 && x != nullptr) op.convert(x, x, x_size, shrink);
+      if (shrink != 0 && y != nullptr) op.convert(y, y, y_size, shrink);
+    } else {
+      Buffer<T> y_sum(y != nullptr ? y_size : 0);
+      op.backward(grad, shrink, nullptr, x, y != nullptr ? y_sum.get() : nullptr, alpha);
+      if (y != nullptr) op.convert(y_sum.get(), y, y_size, shrink);
+    }
+    if (alpha != nullptr) *out.alpha = -std::ldexp(entropy, shrink) / problem.alpha / problem.alpha;
+  });
+}
+
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(bfloat16_t{});
+    case DType::kFloat16: return f(float16_t{});
+  }
+}
+
+}  // namespace
+
+void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out) {
+  with_type(dtype, [&](auto zero) {
+    using In = decltype(zero);
+    with_policy<In>(problem, [&](auto& op) { op.forward(static_cast<In*>(out)); });
+  });
+}
+
+void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad, const ChamferGradients& out) {
+  with_type(dtype, [&](auto zero) { backward_as<decltype(zero)>(problem, grad, out); });
+}
+
+}  // namespace setemb

@@ -1,0 +1,41 @@
+// Smooth-Chamfer on the CPU: what the binding hands to the kernel. Nothing here depends on torch.
+#pragma once
+
+#include <cstdint>
+
+namespace setemb {
+
+// One batch of sets, [sets, vectors, features] with unit stride over features.
+struct SetBatch {
+  const void* data;
+  int64_t sets, vectors;
+  int64_t set_stride, vector_stride;  // in elements
+  const bool* mask;                   // [sets, vectors] or null
+};
+
+struct ChamferProblem {
+  SetBatch x, y;
+  int64_t features;
+  double alpha;
+};
+
+// A matrix [rows, columns] of any strides.
+struct StridedMatrix {
+  const void* data;
+  int64_t row_stride, column_stride;
+};
+
+// What the backward pass writes: contiguous [N, K, D] and [M, L, D], or null where not needed. alpha is ds/dalpha summed with g.
+struct ChamferGradients {
+  void* x;
+  void* y;
+  double* alpha;
+};
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// out is contiguous [N, M].
+void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out);
+void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad, const ChamferGradients& out);
+
+}  // namespace setemb
