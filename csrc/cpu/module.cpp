@@ -23,7 +23,8 @@ DType dtype_of(const Tensor& t) {
 }
 
 SetBatch batch_of(const Tensor& t, const std::optional<Tensor>& mask) {
-  return {t.data_ptr(),  t.size(0), t.size(1), t.stride(0), t.stride(1),
+  static const double no_features = 0;  // the address of a vector is null only where it is masked
+  return {t.numel() == 0 ? &no_features : t.data_ptr(),  t.size(0), t.size(1), t.stride(0), t.stride(1),
           mask.has_value() ? static_cast<const bool*>(mask->data_ptr()) : nullptr};
 }
 

@@ -64,13 +64,6 @@ inline Vec<T> at_least(Vec<T> a, Vec<T> limit) {
   return a < limit ? limit : a;
 }
 
-template <class T>
-inline T horizontal_sum(Vec<T> v) {
-  T s = 0;
-  for (int i = 0; i < kLanes<T>; ++i) s += v[i];
-  return s;
-}
-
 // IEEE layout of T.
 template <class T>
 struct Format;
@@ -91,7 +84,7 @@ struct Format<double> {
   static constexpr double round_to_integer = 0x1.8p52;
 };
 
-// 2^t for |t| <= bias - 1; the caller keeps t in range. Relative error below 1 ulp (float), 2 ulp (double).
+// 2^t for |t| < bias - 1; the caller keeps t in range. Relative error below 1 ulp (float), 2 ulp (double). t = -bias gives 0.
 template <class T>
 inline Vec<T> exp2_in_range(Vec<T> t) {
   using F = Format<T>;

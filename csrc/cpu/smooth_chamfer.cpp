@@ -391,14 +391,14 @@ class SmoothChamfer {
     const int64_t first = y * b_.y_sets, width = std::min(b_.y_sets, y_.batch.sets - first);
     const T scale = static_cast<T>(std::ldexp(1.0, -shrink));
     T* const line = s.line.get();
-    Vec<T> sum = {};
+    double sum = 0;
     std::fill_n(line, b_.y_sets, T(0));
     for (int64_t n = 0; n < tile.sets; ++n) {
       const In* g = static_cast<const In*>(grad.data) + (x * b_.x_sets + n) * grad.row_stride + first * grad.column_stride;
       for (int64_t m = 0; m < width; ++m) line[m] = to_float(g[m * grad.column_stride]) * scale;
       entropy != nullptr ? epilogue.template weights<true>(n, line, sum) : epilogue.template weights<false>(n, line, sum);
     }
-    if (entropy != nullptr) *entropy += horizontal_sum<T>(sum);
+    if (entropy != nullptr) *entropy += sum;
     if constexpr (P::group == 2) P::round_tile(scores, div_up(tile.sets * b_.K, kMicroRows) * kMicroRows, b_.columns, b_.ld, s.pairs.get(), kept);
   }
 

@@ -71,10 +71,13 @@ class ChamferEpilogue {
   // Replaces the scores of set n by the weights g ds/dc, zero for vectors that are not valid. Where kAlpha, adds
   // g (1/(2|X|) sum_k H(p_k) + 1/(2|Y|) sum_l H(q_l)) for every set of y to `entropy`.
   template <bool kAlpha>
-  void weights(int64_t n, const T* grad, V& entropy) {
+  void weights(int64_t n, const T* grad, double& entropy) {
     for (int64_t m = 0; m < t_.width; m += lanes) {
       const V g = load(grad + m);
-      t_.masked ? weights<true, kAlpha>(n, m, g, entropy) : weights<false, kAlpha>(n, m, g, entropy);
+      const V h = t_.masked ? weights<true, kAlpha>(n, m, g) : weights<false, kAlpha>(n, m, g);
+      if (kAlpha) {
+        for (int i = 0; i < lanes; ++i) entropy += static_cast<double>(h[i]);
+      }
     }
   }
 
@@ -105,7 +108,7 @@ class ChamferEpilogue {
   }
 
   template <bool kMasked, bool kAlpha>
-  void weights(int64_t n, int64_t m, V g, V& entropy) {
+  V weights(int64_t n, int64_t m, V g) {
     V maxima = V{};
     if (t_.shared_shift) {
       shared_sums<kMasked, true, kAlpha>(n, m);
@@ -115,13 +118,14 @@ class ChamferEpilogue {
     }
     const V poison = maxima - maxima;  // 0, or NaN where a vector holds one
     const V x_factor = g * t_.x_weight[n], y_factor = g * load(t_.y_weight + m);
-    if constexpr (kAlpha) {
-      V h = V{};
+    V entropy = V{};
+    if (kAlpha && t_.L > 1) {  // the entropy of one element is 0, exactly
       for (int64_t k = 0; k < t_.K; ++k) {
-        if (!kMasked || row_valid(n, k)) h += x_factor * softmax_entropy(row_sum_[k], row_dot_[k]);
+        if (!kMasked || row_valid(n, k)) entropy += x_factor * softmax_entropy(row_sum_[k], row_dot_[k]);
       }
-      for (int64_t l = 0; l < t_.L; ++l) h += y_factor * softmax_entropy(column_sum_[l], column_dot_[l]);
-      entropy += h;
+    }
+    if (kAlpha && t_.K > 1) {
+      for (int64_t l = 0; l < t_.L; ++l) entropy += y_factor * softmax_entropy(column_sum_[l], column_dot_[l]);
     }
     for (int64_t k = 0; k < t_.K; ++k) row_scale_[k] = x_factor / row_sum_[k] + poison;
     for (int64_t l = 0; l < t_.L; ++l) {
@@ -146,6 +150,7 @@ class ChamferEpilogue {
         }
       }
     }
+    return entropy;
   }
 
   // Entropy of a softmax from the sum of its exponentials and of exponential times base-2 logarithm. 0 for (1, 0): nothing to sum.
@@ -210,9 +215,9 @@ class ChamferEpilogue {
   }
 
   // alpha (c - shift) in base 2. Never positive for valid scores; what is not valid is multiplied by 0 later and must be finite.
-  // Below the normal numbers it is cut: 2^-126 added to 1 or more is nothing.
+  // Below the normal numbers it is cut to where exp2_in_range gives 0.
   V log2_shifted(V c, V shift) const {
-    return at_most<T>(at_least<T>((c - shift) * sharpness_, splat<T>(1 - Format<T>::bias)), V{});
+    return at_most<T>(at_least<T>((c - shift) * sharpness_, splat<T>(-Format<T>::bias)), V{});
   }
 
   void replace_empty_sums(int64_t n) {
