@@ -144,17 +144,17 @@ def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(vectors=torch.zeros(3, 4)), r"vectors must be .*\[n, K, D\], got float32 \[3, 4\]"),
-        (dict(vectors=torch.zeros(3, 1, 4, dtype=torch.float64)), "got float64"),
-        (dict(ids=["a", "b"]), r"ids must have 3 entries \(one a set\), got 2"),
-        (dict(ids=["a", "b", "a"]), "ids must differ, got 'a' more than once"),
-        (dict(meta=[{}]), "meta must have 3 entries"),
-        (dict(pictures=np.zeros((3, 5, 5), np.uint8)), "pictures must be uint8"),
-        (dict(similarity="euclid"), "similarity must be one of"),
+        ({"vectors": torch.zeros(3, 4)}, r"vectors must be .*\[n, K, D\], got float32 \[3, 4\]"),
+        ({"vectors": torch.zeros(3, 1, 4, dtype=torch.float64)}, "got float64"),
+        ({"ids": ["a", "b"]}, r"ids must have 3 entries \(one a set\), got 2"),
+        ({"ids": ["a", "b", "a"]}, "ids must differ, got 'a' more than once"),
+        ({"meta": [{}]}, "meta must have 3 entries"),
+        ({"pictures": np.zeros((3, 5, 5), np.uint8)}, "pictures must be uint8"),
+        ({"similarity": "euclid"}, "similarity must be one of"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
-    good: dict[str, object] = dict(vectors=torch.zeros(3, 1, 4), ids=["a", "b", "c"])
+    good: dict[str, object] = {"vectors": torch.zeros(3, 1, 4), "ids": ["a", "b", "c"]}
     with pytest.raises(ValueError, match=message):
         SetIndex(**(good | arguments))  # type: ignore[arg-type]
 
