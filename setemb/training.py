@@ -44,9 +44,9 @@ from setemb.modules import TransformerTextEncoder
 class RetrievalModule(pl.LightningModule):
     """The training step, the dev evaluation and the optimizer of a `SetEmbedder`."""
 
-    def __init__(self, config: Config, model: SetEmbedder) -> None:
+    def __init__(self, config: Config, model: SetEmbedder, steps_per_epoch: int) -> None:
         super().__init__()
-        self.config, self.model = config, model
+        self.config, self.model, self.steps_per_epoch = config, model, steps_per_epoch
         self._dev: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -55,7 +55,7 @@ class RetrievalModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, texts = self.model.encode_image(batch), self.model.encode_text(batch)
         sim = self.model.similarity(images, texts)
-        parts = {"main": retrieval_loss(sim, positive_of(batch), self.config.loss, self._epochs_done())}
+        parts = {"main": retrieval_loss(sim, positive_of(batch), self.config.loss, self.global_step / self.steps_per_epoch)}
         loss = parts["main"]
         if self.config.loss.diversity > 0:
             parts["diversity"] = diversity_loss(images.slots) + diversity_loss(texts.slots)
@@ -93,7 +93,8 @@ class RetrievalModule(pl.LightningModule):
             ],
             weight_decay=config.weight_decay,
         )
-        total = int(self.trainer.estimated_stepping_batches)
+        # Not trainer.estimated_stepping_batches, which starts the data loader before the step to resume at is known.
+        total = self.config.trainer.epochs * self.steps_per_epoch
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine_with_warmup(step, total, config.warmup_steps)
         )
@@ -105,9 +106,6 @@ class RetrievalModule(pl.LightningModule):
             "config": asdict(self.config),
             "vocabulary": None if vocabulary is None else vocabulary.to_text(),
         }
-
-    def _epochs_done(self) -> float:
-        return self.global_step / max(1, int(self.trainer.num_training_batches))
 
 
 def retrieval_loss(sim: Tensor, positive: Tensor, config: LossConfig, epochs_done: float) -> Tensor:
@@ -254,7 +252,7 @@ def fit(config: Config, model: SetEmbedder, data: RetrievalDataModule, folder: s
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # StepBatches resumes by the step
-        trainer.fit(RetrievalModule(config, model), data, ckpt_path=last if resume else None)
+        trainer.fit(RetrievalModule(config, model, data.steps_per_epoch), data, ckpt_path=last if resume else None)
     chosen = folder / "best.safetensors"
     load_model(chosen if chosen.is_file() else last).save_pretrained(folder / "model")
     return folder / "model"

@@ -90,19 +90,20 @@ class RetrievalDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.train, self.dev, self.batch_size, self.seed, self.workers = train, dev, batch_size, seed, workers
-        StepBatches(len(train), batch_size, seed, self._step)  # raises now and not in the trainer
+        self._sampler = StepBatches(len(train), batch_size, seed, self._step)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self._sampler)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return self._loader(self.train, StepBatches(len(self.train), self.batch_size, self.seed, self._step))
+        return _loader(self.train, self._sampler, self.seed, self.workers)
 
     def val_dataloader(self) -> Any:
         return [] if self.dev is None else evaluation_loader(self.dev, self.batch_size, self.workers)
 
     def _step(self) -> int:
         return int(self.trainer.global_step) if self.trainer is not None else 0
-
-    def _loader(self, data: RetrievalData, sampler: Any) -> DataLoader[dict[str, Tensor]]:
-        return _loader(data, sampler, self.seed, self.workers)
 
 
 def evaluation_loader(data: RetrievalData, batch_size: int, workers: int = 0) -> DataLoader[dict[str, Tensor]]:
