@@ -75,7 +75,7 @@ def info_nce_loss(sim: Tensor, image_ids: Tensor, temperature: float = 0.05) -> 
     negatives = logits.masked_fill(positive, lowest)
     loss = logits.new_zeros(())
     for others in (negatives.logsumexp(1, keepdim=True), negatives.logsumexp(0, keepdim=True)):
-        loss = loss + 0.5 * _mean_over(F.softplus(others - logits), positive)
+        loss = loss + 0.5 * _mean_over(F.softplus(others - logits, threshold=40), positive)
     return loss
 
 
