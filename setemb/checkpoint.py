@@ -76,7 +76,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file itself is not iterable
     except SafetensorError as error:
         raise ValueError(f"{path} was cut short or altered, or is no checkpoint: {error}") from error
     if _digest(metadata["structure"], tensors) != metadata["sha256"]:
@@ -89,7 +89,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(structure.encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -51,7 +51,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. data.dir=... trainer.epochs=3")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/RECIPE]", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run.  [default: runs/RECIPE]", show_default=False)
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly.", show_default=False),

@@ -263,5 +263,3 @@ def _omegaconf() -> Any:
     except ImportError as error:
         raise ImportError('configuration files need omegaconf: pip install "setemb[train]"') from error
     return OmegaConf
-
-

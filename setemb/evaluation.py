@@ -31,8 +31,8 @@ class Recall:
         """From ranks that start at 0. The median of an even number of ranks is rounded down, as the field does."""
         if len(ranks) == 0:
             raise ValueError("there must be at least one query, got none")
-        at = [100.0 * float(np.mean(ranks < k)) for k in (1, 5, 10)]
-        return cls(*at, median_rank=float(np.floor(np.median(ranks)) + 1), mean_rank=float(np.mean(ranks) + 1))
+        r1, r5, r10 = (100.0 * float(np.mean(ranks < k)) for k in (1, 5, 10))
+        return cls(r1, r5, r10, float(np.floor(np.median(ranks)) + 1), float(np.mean(ranks) + 1))
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,14 @@ def evaluate_retrieval(
     for name, sets in (("image_sets", image_sets), ("caption_sets", caption_sets)):
         if sets.ndim != 3 or len(sets) == 0:
             raise ValueError(f"{name} must have shape [n, K, D] with n > 0, got {list(sets.shape)}")
-    groups = _groups(len(image_sets), len(caption_sets), captions_per_image, image_groups, caption_groups)
-    groups = tuple(ids.to(image_sets.device) for ids in groups)
-    parts = _folds(*groups, folds)
-    ranks = [_ranks(image_sets[i], caption_sets[c], groups[0][i], groups[1][c], similarity, block) for i, c in parts]
+    own_images, own_captions = (
+        ids.to(image_sets.device)
+        for ids in _groups(len(image_sets), len(caption_sets), captions_per_image, image_groups, caption_groups)
+    )
+    ranks = [
+        _ranks(image_sets[i], caption_sets[c], own_images[i], own_captions[c], similarity, block)
+        for i, c in _folds(own_images, own_captions, folds)
+    ]
 
     def mean(recalls: list[Recall]) -> Recall:
         return Recall(**{key: float(np.mean([getattr(r, key) for r in recalls])) for key in asdict(recalls[0])})
@@ -134,12 +138,12 @@ def _ranks(
 
     blocks = list(score_blocks()) if keep else None
     image_ranks = []
-    best_image = None  # [M] each caption's best relevant score
+    # each caption's best relevant score
+    best_image = image_sets.new_full(caption_groups.shape, -torch.inf)
     for scores, relevant in blocks or score_blocks():
         positives = scores.masked_fill(~relevant, -torch.inf)
         image_ranks.append(((scores >= positives.amax(1, keepdim=True)) & ~relevant).sum(1))
-        best = positives.amax(0)
-        best_image = best if best_image is None else torch.maximum(best_image, best)
+        best_image = torch.maximum(best_image, positives.amax(0))
     caption_ranks: Tensor = torch.zeros_like(caption_groups)
     for scores, relevant in blocks or score_blocks():
         caption_ranks += ((scores >= best_image) & ~relevant).sum(0)
@@ -164,15 +168,15 @@ def _groups(
         raise ValueError("image_groups and caption_groups must be given together, got one of them")
     result = []
     for name, ids, n in (("image_groups", image_groups, images), ("caption_groups", caption_groups, captions)):
-        ids = torch.as_tensor(ids).cpu()
-        if ids.shape != (n,) or ids.is_floating_point():
-            raise ValueError(f"{name} must be integers of shape [{n}], got {ids.dtype} {list(ids.shape)}")
-        result.append(ids.long())
-    for name, ids, others in (("image_groups", *result), ("caption_groups", *reversed(result))):
-        lonely = ~torch.isin(ids, others)
+        group = torch.as_tensor(ids).cpu()
+        if group.shape != (n,) or group.is_floating_point():
+            raise ValueError(f"{name} must be integers of shape [{n}], got {group.dtype} {list(group.shape)}")
+        result.append(group.long())
+    for name, group, others in (("image_groups", result[0], result[1]), ("caption_groups", result[1], result[0])):
+        lonely = ~torch.isin(group, others)
         if lonely.any():
             row = int(lonely.nonzero()[0])
-            raise ValueError(f"{name}: nothing on the other side is relevant to row {row} (group {int(ids[row])})")
+            raise ValueError(f"{name}: nothing on the other side is relevant to row {row} (group {int(group[row])})")
     return result[0], result[1]
 
 
@@ -183,7 +187,7 @@ def _folds(image_groups: Tensor, caption_groups: Tensor, folds: int | None) -> l
     if folds < 1 or len(image_groups) % folds:
         raise ValueError(f"folds must divide the number of images ({len(image_groups)}), got {folds}")
     result = []
-    for images in torch.arange(len(image_groups)).chunk(folds):
+    for images in torch.arange(len(image_groups), device=image_groups.device).chunk(folds):
         captions = torch.isin(caption_groups, image_groups[images]).nonzero()[:, 0]
         result.append((images, captions))
     return result

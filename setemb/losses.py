@@ -1,8 +1,8 @@
 """Training losses over a similarity matrix of images and captions, and the two regularisers of the sets.
 
 In all of them ``image_ids`` says which pairs belong together: int ``[C]``, for each caption the row of its image, or
-bool ``[B, C]``, True where image and caption are a positive pair (several images a caption, several captions an image).
-Other pairs are negatives. Source of the losses: Kim, Kim, Kwak, CVPR 2023, section 3.4; InfoNCE: van den Oord et al. 2018.
+bool ``[B, C]``, True where image and caption are a positive pair (several images a caption, several captions an
+image). Other pairs are negatives. Source of the losses: Kim, Kim, Kwak, CVPR 2023, section 3.4; InfoNCE: van den Oord et al. 2018.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 def hardest_triplet_loss(sim: Tensor, image_ids: Tensor, margin: float = 0.2, hardest_fraction: float = 1.0) -> Tensor:
@@ -21,8 +21,8 @@ def hardest_triplet_loss(sim: Tensor, image_ids: Tensor, margin: float = 0.2, ha
         \frac{1}{|P|} \sum_{(i,c) \in P} \Big( \max_{c' \notin P_i} [m + s_{ic'} - s_{ic}]_+
                                              + \max_{i' \notin P_c} [m + s_{i'c} - s_{ic}]_+ \Big)
 
-    ``hardest_fraction`` f blends: f times the above plus (1 - f) times the same with the mean over the negatives in place of
-    the maximum. Hardest negatives from the first step on can collapse all similarities into one value (the loss then
+    ``hardest_fraction`` f blends: f times the above plus (1 - f) times the same with the mean over the negatives in
+    place of the maximum. Hardest negatives from the first step on can collapse all similarities into one value (the loss then
     stays at 2 m); a warm-up from 0 to 1 avoids it.
 
     Args:
@@ -58,7 +58,7 @@ def hardest_triplet_loss(sim: Tensor, image_ids: Tensor, margin: float = 0.2, ha
 
 
 def info_nce_loss(sim: Tensor, image_ids: Tensor, temperature: float = 0.05) -> Tensor:
-    r"""Symmetric InfoNCE of every positive pair against its negatives; other positives of the pair do not compete with it.
+    r"""Symmetric InfoNCE of every positive pair against its negatives; other positives do not compete with it.
 
     .. math::
         \frac{1}{|P|} \sum_{(i,c) \in P} \tfrac12 \Big(
@@ -75,7 +75,7 @@ def info_nce_loss(sim: Tensor, image_ids: Tensor, temperature: float = 0.05) -> 
     negatives = logits.masked_fill(positive, lowest)
     loss = logits.new_zeros(())
     for others in (negatives.logsumexp(1, keepdim=True), negatives.logsumexp(0, keepdim=True)):
-        loss = loss + 0.5 * _mean_over(F.softplus(others - logits, threshold=40), positive)
+        loss = loss + 0.5 * _mean_over(functional.softplus(others - logits, threshold=40), positive)
     return loss
 
 
@@ -89,13 +89,14 @@ def diversity_loss(slots: Tensor) -> Tensor:
     i, j = torch.triu_indices(slots.shape[1], slots.shape[1], 1, device=slots.device)
     if len(i) == 0 or len(slots) == 0:
         return slots.sum() * 0
-    e = F.normalize(_at_least_float32(slots), dim=-1)
+    e = functional.normalize(_at_least_float32(slots), dim=-1)
     return torch.exp(-2 * (e[:, i] - e[:, j]).square().sum(-1)).mean()
 
 
 def mmd_loss(x: Tensor, y: Tensor, gamma: float = 0.5) -> Tensor:
-    """Squared maximum mean discrepancy of two clouds of vectors, with the kernel ``k = exp(-gamma |x - y|)`` (not squared).
+    """Squared maximum mean discrepancy of two clouds of vectors.
 
+    With the kernel ``k = exp(-gamma |x - y|)`` (the distance is not squared):
     ``mean k(x, x) + mean k(y, y) - 2 mean k(x, y)``, a vector with itself included.
 
     Args:
@@ -118,7 +119,7 @@ def mmd_loss(x: Tensor, y: Tensor, gamma: float = 0.5) -> Tensor:
 
 
 def positive_pairs(sim: Tensor, image_ids: Tensor) -> Tensor:
-    """bool ``[B, C]``, True where image and caption belong together, from ``image_ids`` as the module describes them."""
+    """bool ``[B, C]``, True where image and caption belong together; ``image_ids`` as the module describes it."""
     if sim.ndim != 2 or not sim.is_floating_point():
         raise ValueError(f"sim must be a floating-point matrix [images, captions], got {sim.dtype} {list(sim.shape)}")
     if image_ids.dtype == torch.bool:

@@ -41,7 +41,9 @@ def set_similarity(x: Tensor, y: Tensor, kind: Similarity = "smooth_chamfer", al
         if kind not in get_args(Similarity):
             raise ValueError(f"kind must be one of {', '.join(get_args(Similarity))}, got {kind!r}")
         if x.ndim != 3 or y.ndim != 3 or x.shape[2] != y.shape[2]:
-            raise ValueError(f"x and y must have shapes [N, K, D] and [M, L, D], got {list(x.shape)} and {list(y.shape)}")
+            raise ValueError(
+                f"x and y must have shapes [N, K, D] and [M, L, D], got {list(x.shape)} and {list(y.shape)}"
+            )
         if kind == "cosine" and (x.shape[1] != 1 or y.shape[1] != 1):
             raise ValueError(f'"cosine" compares sets of one vector, got K = {x.shape[1]} and L = {y.shape[1]}')
         scores = x.flatten(0, 1) @ y.flatten(0, 1).T

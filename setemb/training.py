@@ -55,7 +55,9 @@ class RetrievalModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, texts = self.model.encode_image(batch), self.model.encode_text(batch)
         sim = self.model.similarity(images, texts)
-        parts = {"main": retrieval_loss(sim, positive_of(batch), self.config.loss, self.global_step / self.steps_per_epoch)}
+        parts = {
+            "main": retrieval_loss(sim, positive_of(batch), self.config.loss, self.global_step / self.steps_per_epoch)
+        }
         loss = parts["main"]
         if self.config.loss.diversity > 0:
             parts["diversity"] = diversity_loss(images.slots) + diversity_loss(texts.slots)
@@ -199,7 +201,9 @@ class LastCheckpoint(Callback):
         trainer.save_checkpoint(self.path)
 
 
-def fit(config: Config, model: SetEmbedder, data: RetrievalDataModule, folder: str | Path, resume: bool = False) -> Path:
+def fit(
+    config: Config, model: SetEmbedder, data: RetrievalDataModule, folder: str | Path, resume: bool = False
+) -> Path:
     """Trains a model, or goes on with a run that was stopped; returns the folder of the run's model.
 
     Args:
@@ -314,7 +318,8 @@ def evaluate_precomp(
     data = PrecompDataset(settings.dir, split)
     if data.images.shape[2] != model.config.image.dim_in:
         raise ValueError(
-            f"the model takes image features of size {model.config.image.dim_in}, {settings.dir} has {data.images.shape[2]}"
+            f"the model takes image features of size {model.config.image.dim_in}, "
+            f"{settings.dir} has {data.images.shape[2]}"
         )
     data.captions = captions_for(model, data.texts, settings)
     return evaluate_sets(model, encode_dataset(model, data, settings.batch_size), folds)
@@ -331,7 +336,9 @@ def captions_for(model: SetEmbedder, texts: Sequence[str], settings: DataConfig)
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     """The logged rows of a run in the order of their steps; of a step that was run twice, what was logged last."""
-    parts = sorted((int(path.parent.name.rpartition("_")[2]), path) for path in Path(folder).glob("metrics/*/metrics.csv"))
+    parts = sorted(
+        (int(path.parent.name.rpartition("_")[2]), path) for path in Path(folder).glob("metrics/*/metrics.csv")
+    )
     rows: list[dict[str, float]] = []
     for start, path in parts:
         with path.open(newline="", encoding="utf-8") as file:

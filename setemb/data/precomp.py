@@ -1,6 +1,6 @@
 """The field's precomputed format: ``{split}_ims.npy`` and ``{split}_caps.txt`` in one folder.
 
-``{split}_ims.npy``   ``[n, tokens, d]`` float16 or float32: features of regions or grid cells of n images; memory-mapped.
+``{split}_ims.npy``   ``[n, tokens, d]`` float16 or float32: features of regions or grid cells of n images (mapped).
 ``{split}_caps.txt``  UTF-8, a caption a line, the same number of captions for each image, one image after the other
                       (five an image: captions 5i..5i+4 belong to image i).
 """
@@ -47,9 +47,7 @@ class PrecompDataset:
             empty; naming the file and the line.
     """
 
-    def __init__(
-        self, folder: str | Path, split: str, region_drop: float = 0.2, captions_per_batch: int = 0
-    ) -> None:
+    def __init__(self, folder: str | Path, split: str, region_drop: float = 0.2, captions_per_batch: int = 0) -> None:
         folder = Path(folder)
         self.split, self.region_drop = split, region_drop
         self.images = _read_images(folder / f"{split}_ims.npy")
@@ -72,19 +70,19 @@ class PrecompDataset:
         """See `setemb.data.loader.RetrievalData`; ``image_group`` and ``caption_group`` are rows of the split."""
         if self.captions is None:
             raise RuntimeError("set PrecompDataset.captions before making batches")
-        indices = np.asarray(indices)
-        images = self.images[indices].astype(np.float32)
-        own = np.arange(self.captions_per_image)[None].repeat(len(indices), 0)
+        chosen = np.asarray(indices)
+        images = self.images[chosen].astype(np.float32)
+        own = np.arange(self.captions_per_image)[None].repeat(len(chosen), 0)
         if rng is not None:
             images = _drop_regions(images, self.region_drop, rng)
             own = rng.permuted(own, axis=1)[:, : self.captions_per_batch]
-        rows = (indices[:, None] * self.captions_per_image + own).ravel()
+        rows = (chosen[:, None] * self.captions_per_image + own).ravel()
         texts, text_mask = self.captions.batch(rows.tolist(), rng)
         return {
             "images": torch.from_numpy(images),
             "texts": texts,
             "text_mask": text_mask,
-            "image_group": torch.from_numpy(indices),
+            "image_group": torch.from_numpy(chosen),
             "caption_group": torch.from_numpy(rows // self.captions_per_image),
         }
 
@@ -92,7 +90,7 @@ class PrecompDataset:
 class WordCaptions:
     """Captions as the numbers of their words.
 
-    In training, ``drop`` of the words are hit: half of these masked, a tenth replaced by a random word, the rest deleted.
+    In training, ``drop`` of the words are hit: half of these masked, a tenth replaced by a random one, the rest deleted.
     """
 
     def __init__(self, texts: Sequence[str], vocabulary: Vocabulary, drop: float = 0.2) -> None:
@@ -111,7 +109,9 @@ class WordCaptions:
         first, words, last = ids[:1], ids[1:-1].copy(), ids[-1:]
         # One draw says whether a word is hit and how.
         how = rng.random(len(words)) / self.drop if self.drop > 0 else np.ones(len(words))
-        random = rng.integers(len(Vocabulary.SPECIAL), max(len(self.vocabulary), 1 + len(Vocabulary.SPECIAL)), len(words))
+        random = rng.integers(
+            len(Vocabulary.SPECIAL), max(len(self.vocabulary), 1 + len(Vocabulary.SPECIAL)), len(words)
+        )
         words[how < 0.5] = Vocabulary.MASK
         replaced = (how >= 0.5) & (how < 0.6)
         words[replaced] = np.minimum(random, len(self.vocabulary) - 1)[replaced]
@@ -119,7 +119,9 @@ class WordCaptions:
 
 
 class FeatureCaptions:
-    """Captions as token features of a frozen language model: rows ``offsets[i]:offsets[i + 1]`` of ``states`` are caption i.
+    """Captions as token features of a frozen language model.
+
+    Rows ``offsets[i]:offsets[i + 1]`` of ``states`` are caption i.
 
     In training, ``drop`` of the tokens are left out, at least one stays.
     """
@@ -140,7 +142,6 @@ class FeatureCaptions:
                 states = states[(hit >= self.drop) | (hit == hit.max())]
             rows.append(torch.from_numpy(states.astype(np.float32)))
         return _pad(rows)
-
 
     @classmethod
     def cached(cls, texts: Sequence[str], source: str, folder: str | Path, drop: float = 0.2) -> FeatureCaptions:
@@ -219,5 +220,7 @@ def _read_captions(path: Path, images: int) -> list[str]:
         if not caption.strip():
             raise ValueError(f"{path}, line {number}: the caption is empty")
     if len(captions) % images:
-        raise ValueError(f"{path} must hold a whole number of captions for each of {images} images, got {len(captions)}")
+        raise ValueError(
+            f"{path} must hold a whole number of captions for each of {images} images, got {len(captions)}"
+        )
     return captions

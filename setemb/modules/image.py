@@ -11,7 +11,7 @@ Pooling = Literal["max", "mean"]
 
 
 class ResidualMLP(nn.Module):
-    """``h = MLP(f) + f``, ``MLP`` = Linear(dim -> hidden), batch norm over valid tokens, ReLU, Linear(hidden -> dim)."""
+    """``h = MLP(f) + f``, ``MLP`` = Linear(dim -> hidden), batch norm over tokens, ReLU, Linear(hidden -> dim)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class ResidualMLP(nn.Module):
 class RegionEncoder(nn.Module):
     """Local features of regions or grid cells, and their maximum as the global vector.
 
-    ``f = Linear(x)``, ``local = Dropout(MLP(f) + f)``, ``global = max over valid tokens of local``. Of an image without a
-    valid token the global vector is 0.
+    ``f = Linear(x)``, ``local = Dropout(MLP(f) + f)``, ``global = max over valid tokens of local``. The global vector of
+    an image without a valid token is 0.
 
     Args:
         dim_in: features of a region.
@@ -78,7 +78,7 @@ class RegionEncoder(nn.Module):
 
 
 class PictureEncoder(nn.Module):
-    """Pictures through a convolutional backbone; the cells of its last feature map are the regions of a `RegionEncoder`.
+    """Pictures through a convolutional backbone; a `RegionEncoder` takes the cells of its last feature map as regions.
 
     Args:
         backbone: ``[B, 3, H, W]`` -> ``[B, channels, h, w]``.

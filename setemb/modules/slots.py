@@ -9,8 +9,8 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 EPS = 1e-7
 """Added to the sum over tokens that normalises an attention row: a slot that no token chose gathers 0, not NaN."""
@@ -24,7 +24,7 @@ class SetOutput(NamedTuple):
     slots: Tensor
     """``[B, K, dim]``, the slots before the global vector is added; the diversity loss is taken over them."""
     attention: Tensor | None = None
-    """``[B, heads, K, T]``, which slot each token chose in the last iteration (sums to 1 over K), 0 at masked tokens."""
+    """``[B, heads, K, T]``, what each token gave each slot in the last iteration (sums to 1 over K, masked: 0)."""
 
 
 class SlotAttention(nn.Module):
@@ -73,8 +73,8 @@ class SlotAttention(nn.Module):
 class SetPrediction(nn.Module):
     """K embeddings of an item from its local features and its global vector.
 
-    K learnt slots x, shared by all items, are refined ``iterations`` times by one attention and one feed-forward network,
-    which all iterations share::
+    K learnt slots x, shared by all items, are refined ``iterations`` times by one attention and one feed-forward
+    network, which all iterations share::
 
         x = x + Attention(LN(x), LN(local))
         x = x + FFN(LN(x))                          dim -> 4 dim -> dim, exact GELU, dropout
@@ -93,8 +93,8 @@ class SetPrediction(nn.Module):
         heads, dim_head: of the attention; the published module has 4 heads of 512.
         dropout: in the feed-forward network.
         position: "sine" adds a sine position encoding to what the keys (not the values) are made of; for text.
-        padding: "exact", or "dive" to reproduce the published code: there a masked token has weight 1/K in every slot and
-            positions are spread over the padded length, so that an embedding depends on what else is in its batch.
+        padding: "exact", or "dive" to reproduce the published code: there a masked token has weight 1/K in every slot
+            and positions are spread over the padded length, so that an embedding depends on what else is in its batch.
     """
 
     def __init__(
@@ -111,7 +111,13 @@ class SetPrediction(nn.Module):
         padding: Literal["exact", "dive"] = "exact",
     ) -> None:
         super().__init__()
-        sizes = dict(dim_local=dim_local, dim_global=dim_global, dim=dim, num_slots=num_slots, iterations=iterations)
+        sizes = {
+            "dim_local": dim_local,
+            "dim_global": dim_global,
+            "dim": dim,
+            "num_slots": num_slots,
+            "iterations": iterations,
+        }
         for name, value in {**sizes, "heads": heads, "dim_head": dim_head}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -165,7 +171,7 @@ class SetPrediction(nn.Module):
             x = x + self.feedforward(self.norm_feedforward(x))
         slots = self.norm_last(x)
         out = self.norm_global(self.project_global(global_))[:, None] + slots
-        return SetOutput(F.normalize(out, dim=-1), slots, attention if return_attention else None)
+        return SetOutput(functional.normalize(out, dim=-1), slots, attention if return_attention else None)
 
     def _positions(self, context: Tensor, mask: Tensor | None) -> Tensor:
         """``[B or 1, T, dim_local]``; position t of n is the angle ``2 pi t / n``, t = 1..n."""
@@ -192,7 +198,7 @@ class SetPrediction(nn.Module):
 
 
 def sine_encoding(position: Tensor, dim: int) -> Tensor:
-    """``[..., T]`` -> ``[..., T, dim]``: sine (even features) and cosine (odd) of ``position / 10000^(2 floor(i/2) / dim)``."""
+    """``[..., T]`` -> ``[..., T, dim]``: sine (even i) or cosine (odd) of ``position / 10000^(2 floor(i/2) / dim)``."""
     i = torch.arange(dim, device=position.device)
     frequency = 10000.0 ** (-2 * (i // 2) / dim)
     angle = position[..., None] * frequency.to(position.dtype)

@@ -37,7 +37,9 @@ class GRUTextEncoder(nn.Module):
         self.dim_local, self.dim_global = dim_word, dim
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """int64 ``[B, T]``, bool ``[B, T]`` (valid words first) -> local ``[B, T, dim_word]``, global ``[B, dim]``, the mask.
+        """int64 ``[B, T]``, bool ``[B, T]`` -> local ``[B, T, dim_word]``, global ``[B, dim]``, the mask.
+
+        The valid words of a text come first.
 
         Raises:
             ValueError: shapes that differ; a text without a word.
@@ -54,7 +56,7 @@ class GRUTextEncoder(nn.Module):
 
 
 class FeatureTextEncoder(RegionEncoder):
-    """Precomputed token features ``[B, T, dim_in]`` (a frozen language model's states): `RegionEncoder` with the mean as global."""
+    """Token states of a frozen language model, ``[B, T, dim_in]``: a `RegionEncoder` with the mean as global vector."""
 
     def __init__(
         self,

@@ -42,8 +42,8 @@ def tiny_precomp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_tiny_precomp(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    colours = "red green blue black white brown pink grey".split()
-    things = "dog cat car tree house boat bird chair".split()
+    colours = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
+    things = ["dog", "cat", "car", "tree", "house", "boat", "bird", "chair"]
     prototypes = rng.normal(size=(16, 12))
     for split, n in (("train", 128), ("dev", 64)):
         images = 0.3 * rng.normal(size=(n, 6, 12))

@@ -26,8 +26,10 @@ def check_published_loss(arrays: dict[str, np.ndarray], group: str) -> None:
     loss = loss + cfg["mmd_weight"] * mmd_loss(img, txt)
     loss = loss + cfg["unif_weight"] * (diversity_loss(img_r) + diversity_loss(txt_r))
     loss.backward()
-    tolerance = dict(rtol=0, atol=1e-12) if img.dtype == torch.float64 else dict(rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss.double(), torch.tensor(float(arrays[f"{group}/loss"]), dtype=torch.float64), **tolerance)
+    tolerance = {"rtol": 0, "atol": 1e-12} if img.dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(
+        loss.double(), torch.tensor(float(arrays[f"{group}/loss"]), dtype=torch.float64), **tolerance
+    )
     for name, tensor in zip(names, inputs, strict=True):
         torch.testing.assert_close(tensor.grad, torch.tensor(arrays[f"{group}/grad_{name}"]), **tolerance)
 
@@ -103,7 +105,9 @@ def test_losses_without_negatives_or_positives_are_zero_with_finite_gradient(los
         sim.requires_grad_()
         value = loss(sim, positive)
         value.backward()
-        assert value.item() == 0 and sim.grad is not None and (sim.grad == 0).all()
+        assert value.item() == 0
+        assert sim.grad is not None
+        assert (sim.grad == 0).all()
 
 
 def test_gradients_of_the_losses():
@@ -124,7 +128,9 @@ def test_mmd_of_a_cloud_with_itself_is_zero_with_finite_gradient():
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     value = mmd_loss(x, x)
     value.backward()
-    assert value.item() == pytest.approx(0, abs=1e-6) and x.grad is not None and x.grad.isfinite().all()
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -209,19 +215,20 @@ def test_ranks_by_group_are_those_of_sorting(monkeypatch):
 
 def test_a_model_that_scores_all_alike_ranks_last():
     report = evaluate_retrieval(torch.ones(4, 1, 2), torch.ones(20, 1, 2))
-    assert (report.image_ranks == 15).all() and (report.caption_ranks == 3).all()
+    assert (report.image_ranks == 15).all()
+    assert (report.caption_ranks == 3).all()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(captions_per_image=4), "4 images with captions_per_image = 4 need 16 captions, got 20"),
-        (dict(folds=3), r"folds must divide the number of images \(4\), got 3"),
-        (dict(block=0), "block must be at least 1"),
-        (dict(image_groups=torch.arange(4)), "must be given together"),
-        (dict(image_groups=torch.arange(4), caption_groups=torch.zeros(20)), "caption_groups must be integers"),
-        (dict(image_groups=torch.arange(4), caption_groups=torch.arange(20) // 10), "image_groups: nothing .* row 2"),
-        (dict(image_groups=torch.arange(4), caption_groups=torch.arange(20)), "caption_groups: nothing .* row 4"),
+        ({"captions_per_image": 4}, "4 images with captions_per_image = 4 need 16 captions, got 20"),
+        ({"folds": 3}, r"folds must divide the number of images \(4\), got 3"),
+        ({"block": 0}, "block must be at least 1"),
+        ({"image_groups": torch.arange(4)}, "must be given together"),
+        ({"image_groups": torch.arange(4), "caption_groups": torch.zeros(20)}, "caption_groups must be integers"),
+        ({"image_groups": torch.arange(4), "caption_groups": torch.arange(20) // 10}, "image_groups: nothing .* row 2"),
+        ({"image_groups": torch.arange(4), "caption_groups": torch.arange(20)}, "caption_groups: nothing .* row 4"),
     ],
 )
 def test_evaluation_refuses(arguments, message):

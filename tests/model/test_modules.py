@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from setemb.modules import FeatureTextEncoder, GRUTextEncoder, PictureEncoder, RegionEncoder, SetPrediction
 from setemb.modules.image import pool
@@ -80,7 +80,10 @@ def test_set_prediction_meets_the_published_numbers(published, group):
     close(global_.grad, "grad_global")
     for name, gradient in renamed(arrays, f"{group}/grad_param/", NAMES).items():
         torch.testing.assert_close(
-            module.get_parameter(name).grad, gradient, rtol=tolerance, atol=tolerance * max(1.0, float(gradient.abs().max()))
+            module.get_parameter(name).grad,
+            gradient,
+            rtol=tolerance,
+            atol=tolerance * max(1.0, float(gradient.abs().max())),
         )
 
 
@@ -128,7 +131,7 @@ def test_text_encoder_meets_the_published_numbers(published):
 def restated(module: SetPrediction, local: torch.Tensor, global_: torch.Tensor) -> torch.Tensor:
     """Embeddings ``[K, dim]`` of one item, head by head and slot by slot, from the formulas of the docstrings."""
     attention = module.attention
-    context = F.layer_norm(local, local.shape[-1:], module.norm_local.weight, module.norm_local.bias)
+    context = functional.layer_norm(local, local.shape[-1:], module.norm_local.weight, module.norm_local.bias)
     key_context = context
     if module.position == "sine":
         n, d = context.shape
@@ -168,10 +171,12 @@ def test_set_prediction_is_its_formula_and_padding_changes_nothing(position):
     result = module(local, global_, mask, return_attention=True)
     for i, n in enumerate(lengths):
         torch.testing.assert_close(result.embeddings[i], restated(module, local[i, :n], global_[i]))
-    assert result.attention is not None and not result.attention[..., ~mask[0]][0].any()
+    assert result.attention is not None
+    assert not result.attention[..., ~mask[0]][0].any()
     torch.testing.assert_close(result.attention[2].sum(1), torch.ones(2, 7).double())
     result.embeddings.sum().backward()
-    assert (local.grad[~mask] == 0).all() and local.grad.isfinite().all()
+    assert (local.grad[~mask] == 0).all()
+    assert local.grad.isfinite().all()
 
 
 def test_set_prediction_without_a_token_is_the_slots_own_path():
@@ -201,11 +206,19 @@ def test_dive_padding_depends_on_the_batch_and_exact_padding_does_not():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (lambda: (torch.zeros(2, 3, 5), torch.zeros(2, 8), None), ValueError, r"local must .* \[B, T, 6\], got \[2, 3, 5\]"),
+        (
+            lambda: (torch.zeros(2, 3, 5), torch.zeros(2, 8), None),
+            ValueError,
+            r"local must .* \[B, T, 6\], got \[2, 3, 5\]",
+        ),
         (lambda: (torch.zeros(2, 6), torch.zeros(2, 8), None), ValueError, r"local must"),
         (lambda: (torch.zeros(2, 3, 6), torch.zeros(1, 8), None), ValueError, r"global_ must .*\[2, 8\], got \[1, 8\]"),
         (lambda: (torch.zeros(2, 3, 6), torch.zeros(2, 8), torch.ones(2, 3)), TypeError, "mask must be of bool"),
-        (lambda: (torch.zeros(2, 3, 6), torch.zeros(2, 8), torch.ones(2, 4).bool()), ValueError, "mask must have shape"),
+        (
+            lambda: (torch.zeros(2, 3, 6), torch.zeros(2, 8), torch.ones(2, 4).bool()),
+            ValueError,
+            "mask must have shape",
+        ),
     ],
 )
 def test_set_prediction_refuses(arguments, error, message):
@@ -213,7 +226,7 @@ def test_set_prediction_refuses(arguments, error, message):
         SetPrediction(6, 8, 8)(*arguments())
 
 
-@pytest.mark.parametrize("bad", [dict(num_slots=0), dict(iterations=0), dict(position="cosine"), dict(padding="none")])
+@pytest.mark.parametrize("bad", [{"num_slots": 0}, {"iterations": 0}, {"position": "cosine"}, {"padding": "none"}])
 def test_set_prediction_refuses_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SetPrediction(6, 8, 8, **bad)
@@ -260,7 +273,8 @@ def test_gru_text_encoder_does_not_see_padding_and_refuses_an_empty_text():
     mask = torch.arange(5) < torch.tensor([[5], [3]])
     local, global_, _ = encoder(ids, mask)
     _, alone, _ = encoder(ids[1:, :3], mask[1:, :3])
-    assert local.shape == (2, 5, 6) and global_.shape == (2, 8)
+    assert local.shape == (2, 5, 6)
+    assert global_.shape == (2, 8)
     torch.testing.assert_close(global_[1:], alone)
     mask[1] = False
     with pytest.raises(ValueError, match="every text must have a word, got none in row 1"):
@@ -272,8 +286,11 @@ def test_picture_encoder_keeps_a_frozen_backbone_as_it_is():
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.BatchNorm2d(4))
     encoder = PictureEncoder(backbone, 4, 8).train()
     local, global_, mask = encoder(torch.randn(2, 3, 9, 9))
-    assert local.shape == (2, 16, 8) and global_.shape == (2, 8) and mask is None
+    assert local.shape == (2, 16, 8)
+    assert global_.shape == (2, 8)
+    assert mask is None
     global_.sum().backward()
-    assert not backbone[1].training and backbone[1].num_batches_tracked == 0
+    assert not backbone[1].training
+    assert backbone[1].num_batches_tracked == 0
     assert all(p.grad is None for p in backbone.parameters())
     assert encoder.regions.fc.weight.grad is not None
