@@ -1,50 +1,106 @@
-"""The compiled modules: one CPU module per SIMD capability. Everything else about the package is in pyproject.toml."""
+"""The compiled modules: one CPU module per SIMD capability, and the CUDA one where it can be built. All else is in pyproject.toml.
+
+Settings, from the environment: SETEMB_CUDA=auto|0|1 (1 fails where CUDA cannot be built), and torch's own TORCH_CUDA_ARCH_LIST,
+MAX_JOBS and DEBUG.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import shutil
 from pathlib import Path
 
+import pybind11
 import torch
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 HERE = Path(__file__).resolve().parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "setemb_kernels/_version.py").read_text()).group(1)  # type: ignore[union-attr]
 TORCH_MINIMUM = (2, 10)
+CUDA_ARCHITECTURES = "8.0;9.0a;10.0"
 
-CAPABILITIES = {"default": []}
+CAPABILITIES: dict[str, list[str]] = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES |= {
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        # torch calls a processor AVX512 if it has f, bw, vl and dq; bf16 products are asked for at run time
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
     }
 
 
-def cpu_module(capability: str, flags: list[str]) -> CppExtension:
-    name = f"_C_{capability}"
+def version() -> str:
+    found = re.search(r'__version__ = "(.+)"', (HERE / "setemb_kernels/_version.py").read_text())
+    assert found, "setemb_kernels/_version.py: no __version__"
+    return found.group(1)
+
+
+def settings(sources: list[str], **macros: str) -> dict[str, object]:
+    """What every module is built with: torch's stable ABI as of the oldest release that is supported."""
     major, minor = TORCH_MINIMUM
+    macros |= {
+        "SETEMB_VERSION": f'"{version()}"',
+        "SETEMB_TORCH": f'"{torch.__version__}"',
+        "SETEMB_TORCH_MINIMUM": f'"{major}.{minor}"',
+        "TORCH_TARGET_VERSION": f"0x{major:02x}{minor:02x}000000000000",
+    }
+    return {
+        "sources": sources,
+        "depends": [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*.h"))],
+        "include_dirs": [pybind11.get_include()],
+        "define_macros": list(macros.items()),
+    }
+
+
+def optimisation() -> list[str]:
+    return ["-O0", "-g"] if os.environ.get("DEBUG", "0") not in ("", "0") else ["-O3"]
+
+
+def cpu_module(capability: str, flags: list[str]) -> Extension:
+    name = f"_C_{capability}"
+    sources = ["csrc/cpu/module.cpp", "csrc/cpu/smooth_chamfer.cpp"]
     return CppExtension(
         f"setemb_kernels.{name}",
-        sources=["csrc/cpu/module.cpp", "csrc/cpu/smooth_chamfer.cpp"],
-        depends=[str(p) for p in sorted((HERE / "csrc").rglob("*.h"))],
-        extra_compile_args=["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *flags],
-        define_macros=[
-            ("SETEMB_MODULE", name),
-            ("SETEMB_CAPABILITY", f'"{capability}"'),
-            ("SETEMB_VERSION", f'"{VERSION}"'),
-            ("SETEMB_TORCH", f'"{torch.__version__}"'),
-            ("SETEMB_TORCH_MINIMUM", f'"{major}.{minor}"'),
-            ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000"),
-        ],
+        extra_compile_args=[*optimisation(), "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *flags],
+        **settings(sources, SETEMB_MODULE=name, SETEMB_CAPABILITY=f'"{capability}"'),
     )
+
+
+def cuda_absent() -> str:
+    """Why the CUDA module cannot be built here; empty where it can. No GPU is needed, only torch and the toolkit."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin/nvcc").exists() and shutil.which("nvcc") is None:
+        return "no CUDA toolkit (nvcc) was found; CUDA_HOME says where it is"
+    return ""
+
+
+def cuda_modules() -> list[Extension]:
+    wanted = os.environ.get("SETEMB_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"SETEMB_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    absent = cuda_absent()
+    if wanted == "1" and absent:
+        raise SystemExit(f"SETEMB_CUDA=1, but the CUDA module cannot be built: {absent}")
+    if wanted == "0" or absent:
+        print(f"setemb: without the CUDA module ({absent or 'SETEMB_CUDA=0'})")
+        return []
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    return [
+        CUDAExtension(
+            "setemb_kernels._C_cuda",
+            extra_compile_args={"cxx": optimisation(), "nvcc": [*optimisation(), "-Xptxas", "-v"]},
+            library_dirs=[str(Path(CUDA_HOME or "") / "lib")],  # torch looks in lib64
+            **settings(["csrc/cuda/module.cu"]),
+        )
+    ]
 
 
 class BuildInOwnFolders(BuildExtension):
     """The same sources make several modules: each gets its own folder of object files."""
 
-    def build_extension(self, ext: CppExtension) -> None:
+    def build_extension(self, ext: Extension) -> None:
         common = self.build_temp
         self.build_temp = str(Path(common) / ext.name)
         try:
@@ -54,6 +110,6 @@ class BuildInOwnFolders(BuildExtension):
 
 
 setup(
-    ext_modules=[cpu_module(*item) for item in CAPABILITIES.items()],
+    ext_modules=[*(cpu_module(*item) for item in CAPABILITIES.items()), *cuda_modules()],
     cmdclass={"build_ext": BuildInOwnFolders},
 )

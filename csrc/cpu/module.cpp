@@ -95,7 +95,7 @@ pybind11::dict build_info() {
 #else
   info["bfloat16_products"] = false;
 #endif
-  info["threads"] = "torch's own pool";
+  info["openmp"] = "none of its own: tasks run on torch's thread pool";
   info["torch_built_with"] = SETEMB_TORCH;
   info["torch_minimum"] = SETEMB_TORCH_MINIMUM;
   return info;

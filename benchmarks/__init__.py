@@ -1,0 +1,1 @@
+"""Benchmarks against pure PyTorch: ``make bench``."""
