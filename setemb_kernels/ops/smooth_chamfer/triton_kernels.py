@@ -1,0 +1,467 @@
+"""The Triton kernels of smooth-Chamfer. `triton` beside this file launches them and says how they fit together.
+
+Names: ``scale`` is alpha log2(e), so that ``exp(alpha c) = exp2(scale c)``; ``c`` scores; ``p``, ``q`` softmaxes over l and k. A
+block of pairs has the axes ``[block, group, m]``, its scores ``[block, k, group, l, m]``: set n = block * GROUP + group of x.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+# A @triton.jit function may read a module's constants only as tl.constexpr.
+_LOG2_E = tl.constexpr(1 / math.log(2))
+_LN_2 = tl.constexpr(math.log(2))
+_FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+_FLOAT32_SMALLEST = tl.constexpr(1.1754943508222875e-38)
+_UNSHIFTED = tl.constexpr(56.0)  # 2^-56 <= exp(alpha c) <= 2^56 needs no shift: sums of 64 of them, two by two, can be multiplied
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+WEIGHT_EXPONENT = tl.constexpr(15)  # chunks of W hold |W| <= 2^15, whatever the upstream gradient: fits float16
+
+
+# --- arithmetic
+
+
+@triton.jit
+def _power_of_two(e):
+    """2^e, exactly; e an int32 within [-126, 127], clamped to it."""
+    e = tl.minimum(tl.maximum(e, -126), 127)
+    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ldexp(v, e):
+    """v 2^e in two steps, as 2^e alone may not be representable."""
+    half = e >> 1
+    return v * _power_of_two(half) * _power_of_two(e - half)
+
+
+@triton.jit
+def _saturate(v, LIMIT: tl.constexpr):
+    """v within [-LIMIT, LIMIT]; NaN stays."""
+    v = tl.where(v > LIMIT, LIMIT, v)
+    return tl.where(v < -LIMIT, -LIMIT, v)
+
+
+@triton.jit
+def _multiply(a, b):
+    return a * b
+
+
+@triton.jit
+def _log2(v):
+    """Absolute error 2^-22 for v near 1, relative 2^-22 elsewhere, in one instruction (tl.log2 takes twenty)."""
+    if _INTERPRETED:
+        result = tl.log2(v)
+    else:
+        result = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+    return result
+
+
+@triton.jit
+def _add_multiply(exponent_a, mantissa_a, exponent_b, mantissa_b):
+    return exponent_a + exponent_b, mantissa_a * mantissa_b
+
+
+@triton.jit
+def log2_of_product(v, axis: tl.constexpr):
+    """``log2(prod(v, axis))`` of up to 64 positive normal v: exponents are added, exactly, and mantissas multiplied."""
+    bits = v.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    exponent, mantissa = tl.reduce((bits >> 23, mantissa), axis, _add_multiply)
+    return (exponent - 127 * v.shape[axis]).to(tl.float32) + _log2(mantissa)
+
+
+@triton.jit
+def _sum_of_log2(v, axis: tl.constexpr):
+    """One logarithm for all of an axis, where there are as many numbers as exponentials over K or L."""
+    if _INTERPRETED or v.shape[axis] > 64:  # the interpreter takes seconds to reduce with a function of ours
+        result = tl.sum(_log2(v), axis)
+    else:
+        result = log2_of_product(v, axis)
+    return result
+
+
+@triton.jit
+def _position(set_index, slot, SLOTS: tl.constexpr, GROUP: tl.constexpr):
+    """Row of a packed operand that holds one vector: slot-major within groups of GROUP sets."""
+    return (set_index // GROUP * SLOTS + slot) * GROUP + set_index % GROUP
+
+
+@triton.jit
+def _sharpness(alpha, ALPHA_ON_DEVICE: tl.constexpr):
+    """alpha log2(e) and its inverse, both within the range of float32."""
+    if ALPHA_ON_DEVICE:
+        alpha = tl.load(alpha).to(tl.float32)
+    scale = alpha * _LOG2_E
+    inverse = tl.minimum(tl.div_rn(1.0, scale), _FLOAT32_MAX)
+    return tl.minimum(tl.maximum(scale, _FLOAT32_SMALLEST), _FLOAT32_MAX), inverse
+
+
+# --- packing
+
+
+@triton.jit
+def pack_kernel(
+    v,  # [N, K, D], any strides
+    mask,  # [N, K] bool, any strides
+    packed,  # [sets * SLOTS, features]
+    valid,  # [sets * SLOTS] int8
+    stats,  # [3, sets] float32: weight, longest vector, exponent
+    N, K, D, features, sets,
+    stride_n, stride_k, stride_d, mask_stride_n, mask_stride_k,
+    HAS_MASK: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    LARGEST_EXPONENT: tl.constexpr,
+):  # fmt: skip
+    """A program packs SETS sets. Sets past N are packed as sets without valid vectors."""
+    n = tl.program_id(0).to(tl.int64) * SETS + tl.arange(0, SETS)[:, None]  # [SETS, 1]
+    slot = tl.arange(0, SLOTS)[None, :]  # [1, SLOTS]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    is_valid = slot < tl.where(n < N, K, 0)
+    if HAS_MASK:
+        is_valid = tl.load(mask + n * mask_stride_n + slot * mask_stride_k, mask=is_valid, other=0) != 0
+    source = v + (n * stride_n + slot.to(tl.int64) * stride_k)[:, :, None]
+    row = _position(n, slot, SLOTS, GROUP)
+    target = packed + (row * features)[:, :, None] + d
+
+    largest = tl.zeros((SETS, SLOTS, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        inside = is_valid[:, :, None] & (d < D - start)
+        block = tl.load(source + (d + start).to(tl.int64) * stride_d, mask=inside, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(block))
+    bits = tl.max(tl.max(largest, 2), 1, keep_dims=True).to(tl.int32, bitcast=True)  # [SETS, 1]
+    exponent = tl.maximum((bits >> 23) - 126 - LARGEST_EXPONENT, 0)
+    factor = _power_of_two(-exponent)[:, :, None]
+
+    squares = tl.zeros((SETS, SLOTS, BLOCK_D), tl.float32)
+    for start in range(0, features, BLOCK_D):
+        inside = is_valid[:, :, None] & (d < D - start)
+        block = tl.load(source + (d + start).to(tl.int64) * stride_d, mask=inside, other=0).to(tl.float32) * factor
+        squares += block * block
+        tl.store(target + start, block.to(packed.dtype.element_ty), mask=d < features - start)
+    square = tl.sum(squares, 2)
+    finite = tl.sum(square, 1, keep_dims=True) < float("inf")  # false for NaN
+    count = tl.sum(is_valid.to(tl.float32), 1, keep_dims=True)
+    weight = tl.where(count > 0, 0.5 / tl.maximum(count, 1), 0.0)
+    longest = tl.sqrt(tl.max(square, 1, keep_dims=True)) * 1.001  # an upper bound, though squares were rounded
+    tl.store(valid + row, is_valid.to(tl.int8))
+    tl.store(stats + n, tl.where(finite, weight, float("nan")))
+    tl.store(stats + sets + n, tl.where(finite & (exponent == 0), longest, float("inf")))
+    tl.store(stats + 2 * sets + n, exponent.to(tl.float32))
+
+
+@triton.jit
+def unpack_kernel(
+    packed,  # [rows, features] float32
+    mask,  # [N, K] bool
+    stats,  # [3, sets]
+    exponents,  # as in weights_kernel
+    out,  # [N, K, D] contiguous
+    first,  # the set in row 0 of packed
+    last,  # the set after the last one in packed
+    K, D, features, sets, mask_stride_n, mask_stride_k,
+    HAS_MASK: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    LIMIT: tl.constexpr,
+):  # fmt: skip
+    """A program writes the gradients of SETS sets."""
+    local = tl.program_id(0).to(tl.int64) * SETS + tl.arange(0, SETS)[:, None]
+    n = first + local
+    slot = tl.arange(0, SLOTS)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    exists = slot < tl.where(n < last, K, 0)
+    is_valid = exists
+    if HAS_MASK:
+        is_valid = tl.load(mask + n * mask_stride_n + slot * mask_stride_k, mask=exists, other=0) != 0
+    exponent = tl.load(stats + 2 * sets + n, mask=n < last, other=0).to(tl.int32)
+    shift = (tl.load(exponents + 1) - WEIGHT_EXPONENT - exponent)[:, :, None]
+    source = packed + (_position(local, slot, SLOTS, GROUP) * features)[:, :, None] + d
+    target = out + ((n * K + slot) * D)[:, :, None] + d
+    for start in range(0, D, BLOCK_D):
+        inside = d < D - start
+        block = tl.load(source + start, mask=is_valid[:, :, None] & inside, other=0)
+        block = _saturate(_ldexp(block, shift), LIMIT)
+        tl.store(target + start, block.to(out.dtype.element_ty), mask=exists[:, :, None] & inside)
+
+
+# --- tiles of scores
+
+
+@triton.jit
+def _tile_position(tile, row_tiles, column_tiles, TILES: tl.constexpr):
+    """Row and column of a tile in an order that walks down TILES tiles before it moves right, to find operands in the cache."""
+    band = tile // (TILES * column_tiles)
+    first = band * TILES
+    height = tl.minimum(row_tiles - first, TILES)
+    within = tile - band * TILES * column_tiles
+    return first + within % height, within // height
+
+
+@triton.jit
+def _load(operand, row, d, features, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BULK: tl.constexpr):
+    """``[ROWS, BLOCK_D]`` of a packed operand, given as a descriptor for the bulk copy engine or as a pointer."""
+    if BULK:
+        block = operand.load([row, d])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        block = tl.load(operand + rows.to(tl.int64)[:, None] * features + (d + tl.arange(0, BLOCK_D))[None, :])
+    return block
+
+
+@triton.jit
+def _scores(
+    x, y, row, column, features,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``c [ROWS, COLUMNS]`` of two packed operands."""
+    c = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for d in range(0, features, BLOCK_D):
+        a = _load(x, row, d, features, ROWS, BLOCK_D, BULK)
+        b = _load(y, column, d, features, COLUMNS, BLOCK_D, BULK)
+        c = tl.dot(a, b.T, c, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def _is_served(scale, x_peak, y_peak, SHIFTED: tl.constexpr):
+    """Whether this variant of a kernel is the one that serves the call: the unshifted one where |alpha c| is bounded."""
+    bounded = scale * tl.load(x_peak + 1) * tl.load(y_peak + 1) <= _UNSHIFTED  # false for NaN
+    return bounded != SHIFTED
+
+
+@triton.jit
+def _without_invalid(c, x_valid, y_valid):
+    """Scores with -inf where one of the two vectors is masked or does not exist."""
+    row_valid = tl.load(x_valid + tl.arange(0, c.shape[0])) != 0
+    column_valid = tl.load(y_valid + tl.arange(0, c.shape[1])) != 0
+    return tl.where(row_valid[:, None] & column_valid[None, :], c, float("-inf"))
+
+
+@triton.jit
+def _parts(c, PART: tl.constexpr):
+    """A tile cut into parts of PART columns, one or two: what is summed up at a time has to fit into registers beside the rest."""
+    if PART < c.shape[1]:
+        parts = tl.split(tl.permute(tl.reshape(c, (c.shape[0], 2, PART)), (0, 2, 1)))
+    else:
+        parts = (c,)
+    return parts
+
+
+@triton.jit
+def _sets(i, j, BLOCKS: tl.constexpr, GROUP: tl.constexpr, Y_SETS: tl.constexpr):
+    """Which sets the pairs of part (i, j) are of: ``n [blocks, group, 1]``, ``m [1, 1, m]``."""
+    n = tl.reshape(tl.arange(0, BLOCKS * GROUP), (BLOCKS, GROUP, 1))
+    m = tl.reshape(tl.arange(0, Y_SETS), (1, 1, Y_SETS))
+    return i * (BLOCKS * GROUP) + n, j * Y_SETS + m
+
+
+@triton.jit
+def _stats(stats, n, sets):
+    """Weight and exponent of sets n."""
+    return tl.load(stats + n), tl.load(stats + 2 * sets + n).to(tl.int32)
+
+
+@triton.jit
+def _pair_scale(scale, x_exponent, y_exponent):
+    """The scale of the scores of each pair, for `_shifted`: ``[blocks, 1, group, 1, m]``."""
+    scale = tl.minimum(scale * _power_of_two(x_exponent) * _power_of_two(y_exponent), _FLOAT32_MAX)
+    return scale[:, None, :, None, :]
+
+
+@triton.jit
+def _shifted(c, axis: tl.constexpr, scale):
+    """``z = scale (c - max)``, ``exp2(z)``, its sum and max over one axis of slots; sum 1 and max 0 where no slot is valid."""
+    top = tl.max(c, axis, keep_dims=True)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    z = (c - top) * scale
+    e = tl.exp2(z)
+    total = tl.sum(e, axis, keep_dims=True)
+    return z, e, tl.where(total == 0, 1.0, total), top
+
+
+@triton.jit
+def _similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED: tl.constexpr):
+    """``s [blocks, group, m]`` of scores ``c [blocks, k, group, l, m]`` with ``2^-60 <= exp2(scale c) <= 2^60``: one exp for both sums."""
+    e = tl.exp2(c * scale)
+    by_row = tl.sum(e, 3)
+    by_column = tl.sum(e, 1)
+    if MASKED:
+        by_row = tl.where(by_row == 0, 1.0, by_row)  # no valid vector
+        by_column = tl.where(by_column == 0, 1.0, by_column)
+    return (x_weight * _sum_of_log2(by_row, 1) + y_weight * _sum_of_log2(by_column, 2)) * inverse
+
+
+@triton.jit
+def _similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse):
+    """The same for any finite scores: shifted by the maximum of each row and each column; in units of the sets' exponents."""
+    pairs: tl.constexpr = (c.shape[0], c.shape[2], c.shape[4])
+    unit = _pair_scale(scale, x_exponent, y_exponent)
+    _, _, total, top = _shifted(c, 3, unit)  # [blocks, k, group, 1, m]
+    s = tl.reshape(tl.sum(top * x_weight[:, None, :, None, :], 1), pairs)
+    log = tl.reshape(_sum_of_log2(total, 1), pairs) * x_weight
+    _, _, total, top = _shifted(c, 1, unit)  # [blocks, 1, group, l, m]
+    s += tl.reshape(tl.sum(top * y_weight[:, None, :, None, :], 3), pairs)
+    log += tl.reshape(_sum_of_log2(total, 3), pairs) * y_weight
+    log *= inverse * _power_of_two(-x_exponent) * _power_of_two(-y_exponent)
+    return (s + log) * _power_of_two(x_exponent) * _power_of_two(y_exponent)
+
+
+@triton.jit
+def _store_similarity(
+    c, i, j, x_valid, y_valid, x_stats, y_stats, out, scale, inverse, N, M, x_sets, y_sets,
+    K: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr, MASKED: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """The similarities of one part, from scores c to memory. Part (i, j) starts at row ``i c.shape[0]`` and column ``j c.shape[1]``."""
+    BLOCKS: tl.constexpr = c.shape[0] // (K * GROUP)
+    Y_SETS: tl.constexpr = c.shape[1] // L
+    if MASKED:
+        c = _without_invalid(c, x_valid + i * c.shape[0], y_valid + j * c.shape[1])
+    c = tl.reshape(c, (BLOCKS, K, GROUP, L, Y_SETS))
+    n, m = _sets(i, j, BLOCKS, GROUP, Y_SETS)
+    x_weight, x_exponent = _stats(x_stats, n, x_sets)
+    y_weight, y_exponent = _stats(y_stats, m, y_sets)
+    if SHIFTED:
+        s = _similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse)
+    else:
+        s = _similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED)
+    s = tl.where((x_weight != 0) & (y_weight != 0), _saturate(s, LIMIT), 0.0)  # 0 next to an empty set; NaN stays
+    tl.store(out + n.to(tl.int64) * M + m, s.to(out.dtype.element_ty), mask=(n < N) & (m < M))
+
+
+@triton.jit
+def forward_kernel(
+    x, y,  # packed operands [rows, features]: descriptors if BULK, else pointers
+    x_valid, y_valid,  # [rows] int8
+    x_stats, y_stats,  # [3, sets]
+    x_peak, y_peak,  # [3]: their maxima
+    out,  # [N, M]
+    alpha, N, M, features, x_sets, y_sets, row_tiles, column_tiles,
+    K: tl.constexpr, L: tl.constexpr,  # powers of two
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    TILES: tl.constexpr, FLATTEN: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, MASKED: tl.constexpr, ALPHA_ON_DEVICE: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Persistent: a program takes tiles in turn, and fetches operands of the next one while it sums up the last."""
+    scale, inverse = _sharpness(alpha, ALPHA_ON_DEVICE)
+    tiles = tl.where(_is_served(scale, x_peak, y_peak, SHIFTED), row_tiles * column_tiles, 0)
+    tl.assume(features > 0)  # else the compiler makes a second epilogue for tiles without products
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        i, j = _tile_position(tile, row_tiles, column_tiles, TILES)
+        c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D, BULK, PRECISION)
+        parts = _parts(c, PART)
+        for p in tl.static_range(COLUMNS // PART):
+            _store_similarity(
+                parts[p], i, j * (COLUMNS // PART) + p, x_valid, y_valid, x_stats, y_stats, out,
+                scale, inverse, N, M, x_sets, y_sets, K, L, GROUP, SHIFTED, MASKED, LIMIT,
+            )  # fmt: skip
+
+
+# --- backward
+
+
+@triton.jit
+def _weights_unshifted(c, gx, gy, scale, MASKED: tl.constexpr):
+    """``W = p gx + q gy`` of scores ``c [blocks, k, group, l, m]``; gx, gy: upstream gradient times weight, ``[blocks, group, m]``."""
+    e = tl.exp2(c * scale)
+    by_row = tl.sum(e, 3, keep_dims=True)
+    by_column = tl.sum(e, 1, keep_dims=True)
+    if MASKED:
+        by_row = tl.where(by_row == 0, 1.0, by_row)
+        by_column = tl.where(by_column == 0, 1.0, by_column)
+    return e * (gx[:, None, :, None, :] / by_row + gy[:, None, :, None, :] / by_column)
+
+
+@triton.jit
+def _weights_shifted(c, gx, gy, unit):
+    """The same for any finite scores."""
+    _, e, total, _ = _shifted(c, 3, unit)
+    w = e * (gx[:, None, :, None, :] / total)
+    _, e, total, _ = _shifted(c, 1, unit)
+    return w + e * (gy[:, None, :, None, :] / total)
+
+
+@triton.jit
+def _entropy(c, unit, axis: tl.constexpr):
+    """``sum over the other slots of log2 sum e - sum p z``: the entropies, in bits, of the softmaxes over one axis."""
+    pairs: tl.constexpr = (c.shape[0], c.shape[2], c.shape[4])
+    z, e, total, _ = _shifted(c, axis, unit)
+    mean = tl.sum(tl.where(e > 0, e * z, 0.0), axis, keep_dims=True) / total
+    other: tl.constexpr = 4 - axis
+    return tl.reshape(_sum_of_log2(total, other) - tl.sum(mean, other), pairs)
+
+
+@triton.jit
+def _store_weights(
+    c, i, j, chunk_i, chunk_j, x_valid, y_valid, x_stats, y_stats, grad, exponent, chunk_exponent, chunk, chunk_columns,
+    alpha_part, scale, N, M, x_sets, y_sets, stride_n, stride_m,
+    K: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr, MASKED: tl.constexpr, NEED_CHUNK: tl.constexpr, NEED_ALPHA: tl.constexpr,
+):  # fmt: skip
+    """W of one part, from scores c to the chunk."""
+    ROWS: tl.constexpr = c.shape[0]
+    COLUMNS: tl.constexpr = c.shape[1]
+    BLOCKS: tl.constexpr = ROWS // (K * GROUP)
+    Y_SETS: tl.constexpr = COLUMNS // L
+    if MASKED:
+        c = _without_invalid(c, x_valid + i * ROWS, y_valid + j * COLUMNS)
+    c = tl.reshape(c, (BLOCKS, K, GROUP, L, Y_SETS))
+    n, m = _sets(i, j, BLOCKS, GROUP, Y_SETS)
+    x_weight, x_exponent = _stats(x_stats, n, x_sets)
+    y_weight, y_exponent = _stats(y_stats, m, y_sets)
+    exists = (n < N) & (m < M) & (x_weight != 0) & (y_weight != 0)
+    g = tl.load(grad + n.to(tl.int64) * stride_n + m.to(tl.int64) * stride_m, mask=exists, other=0).to(tl.float32)
+    if SHIFTED:
+        unit = _pair_scale(scale, x_exponent, y_exponent)
+        if NEED_ALPHA:
+            entropy = x_weight * _entropy(c, unit, 3) + y_weight * _entropy(c, unit, 1)
+            part = tl.where(exists, _ldexp(g, -exponent) * entropy, 0.0)
+            tl.store(alpha_part, tl.sum(tl.sum(tl.sum(part, 2), 1), 0))
+        if NEED_CHUNK:
+            g = _ldexp(g, chunk_exponent + x_exponent + y_exponent)
+            w = _weights_shifted(c, g * x_weight, g * y_weight, unit)
+    else:
+        g = _ldexp(g, chunk_exponent)
+        w = _weights_unshifted(c, g * x_weight, g * y_weight, scale, MASKED)
+    if NEED_CHUNK:
+        row = chunk_i * ROWS + tl.arange(0, ROWS)
+        column = chunk_j * COLUMNS + tl.arange(0, COLUMNS)
+        target = chunk + row[:, None] * chunk_columns + column[None, :]  # a chunk has far fewer than 2^31 elements
+        tl.store(target, tl.reshape(w, (ROWS, COLUMNS)).to(chunk.dtype.element_ty))
+
+
+@triton.jit
+def weights_kernel(
+    x, y, x_valid, y_valid, x_stats, y_stats, x_peak, y_peak,  # as in forward_kernel
+    grad,  # [N, M], any strides
+    exponents,  # [2] int32: of the upstream gradient; of the same times x times y
+    chunk,  # [row_tiles ROWS, column_tiles COLUMNS], of the dtype of x
+    alpha_parts,  # [all row tiles, all column parts] float32
+    alpha, N, M, features, x_sets, y_sets, stride_n, stride_m,
+    first_row_tile, first_column_tile, row_tiles, column_tiles, all_parts,
+    K: tl.constexpr, L: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    TILES: tl.constexpr, FLATTEN: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, MASKED: tl.constexpr, ALPHA_ON_DEVICE: tl.constexpr,
+    NEED_CHUNK: tl.constexpr, NEED_ALPHA: tl.constexpr,
+):  # fmt: skip
+    """One chunk of W, scaled so that |W| <= 2^WEIGHT_EXPONENT, and sums over its parts for the gradient of alpha."""
+    scale, _ = _sharpness(alpha, ALPHA_ON_DEVICE)
+    exponent = tl.load(exponents)
+    chunk_exponent = WEIGHT_EXPONENT - tl.load(exponents + 1)
+    tiles = tl.where(_is_served(scale, x_peak, y_peak, SHIFTED) | NEED_ALPHA, row_tiles * column_tiles, 0)
+    tl.assume(features > 0)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        chunk_i, chunk_j = _tile_position(tile, row_tiles, column_tiles, TILES)
+        i = first_row_tile + chunk_i
+        j = first_column_tile + chunk_j
+        c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D, BULK, PRECISION)
+        parts = _parts(c, PART)
+        for p in tl.static_range(COLUMNS // PART):
+            part_j = j * (COLUMNS // PART) + p
+            _store_weights(
+                parts[p], i, part_j, chunk_i, chunk_j * (COLUMNS // PART) + p, x_valid, y_valid, x_stats, y_stats,
+                grad, exponent, chunk_exponent, chunk, column_tiles * COLUMNS, alpha_parts + i * all_parts + part_j,
+                scale, N, M, x_sets, y_sets, stride_n, stride_m, K, L, GROUP, SHIFTED, MASKED, NEED_CHUNK, NEED_ALPHA,
+            )  # fmt: skip
