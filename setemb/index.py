@@ -192,6 +192,17 @@ class SetIndex:
 
 
 @torch.inference_mode()
+def embed_images(model: SetEmbedder, features: np.ndarray, batch_size: int = 128) -> Tensor:
+    """Sets ``[n, K, D]`` of images, from region or grid features ``[n, T, dim_in]`` (numpy, also memory-mapped)."""
+    model.eval()
+    parts = [torch.empty(0, model.config.sets.num_slots, model.config.dim)]
+    for start in range(0, len(features), batch_size):
+        images = torch.from_numpy(features[start : start + batch_size].astype(np.float32))
+        parts.append(model.encode_image({"images": images}).embeddings)
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
 def embed_texts(model: SetEmbedder, texts: Sequence[str]) -> Tensor:
     """Sets ``[n, K, D]`` of texts, through whatever the model's text encoder takes as input."""
     config = model.config.text

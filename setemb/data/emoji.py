@@ -99,14 +99,14 @@ def load_emoji() -> list[Emoji]:
     for character, entry in emoji.EMOJI_DATA.items():
         if entry["status"] != _FULLY_QUALIFIED or _SKIN_TONES & set(character):
             continue
-        drawings = [_drawing(files, character) for files in (twemoji, openmoji)]
-        if None in drawings:
+        first, second = _drawing(twemoji, character), _drawing(openmoji, character)
+        if first is None or second is None:
             continue
         name = _clean(entry["en"])
         aliases = _unseen([_clean(alias) for alias in entry.get("alias", [])], {normalize(name)})
         known = {normalize(phrase) for phrase in (name, *aliases)}
         keywords = _unseen(sorted(_clean(word) for word in keywords_of.get(_plain(character), ())), known)
-        result.append(Emoji(_code(character), character, name, aliases, keywords, *drawings))
+        result.append(Emoji(_code(character), character, name, aliases, keywords, first, second))
     return result
 
 
@@ -155,20 +155,19 @@ def split(emojis: list[Emoji], pictures: np.ndarray, *, test: int, dev: int, see
     """
     if len(pictures) != len(STYLES) * len(emojis):
         raise ValueError(f"pictures must have {len(STYLES) * len(emojis)} rows (2 an emoji), got {len(pictures)}")
-    units: dict[int, list[int]] = {}
-    for i, unit in enumerate(_units(emojis, pictures)):
-        units.setdefault(unit, []).append(i)
-    order = np.random.default_rng(seed).permutation(len(units))
-    shuffled = [list(units.values())[i] for i in order]
+    members: dict[int, list[int]] = {}
+    for i, first in enumerate(_units(emojis, pictures)):
+        members.setdefault(first, []).append(i)
+    units = list(members.values())
     parts: dict[str, list[int]] = {part: [] for part in PARTS}
-    for unit in shuffled:
-        room = {"test": test, "dev": dev}
+    room = {"test": test, "dev": dev}
+    for unit in (units[i] for i in np.random.default_rng(seed).permutation(len(units))):
         part = next((p for p, size in room.items() if len(parts[p]) + len(unit) <= size), "train")
         parts[part] += unit
-    for part, size in (("test", test), ("dev", dev)):
+    for part, size in room.items():
         if len(parts[part]) != size:
             raise ValueError(f"{part} must hold exactly {size} of {len(emojis)} emoji, only {len(parts[part])} fit")
-    return {part: sorted(members) for part, members in parts.items()}
+    return {part: sorted(positions) for part, positions in parts.items()}
 
 
 def training_phrases(emojis: list[Emoji], parts: dict[str, list[int]]) -> dict[int, tuple[str, ...]]:

@@ -134,10 +134,10 @@ def test_an_altered_description_is_refused(folder: Path, change: dict[str, objec
 
 def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
     (folder / "vectors.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="vectors.npy is missing"):
+    with pytest.raises(FileNotFoundError, match=r"vectors\.npy is missing"):
         SetIndex.load(folder)
     shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match="index.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"index\.json is missing"):
         SetIndex.load(folder)
 
 
@@ -171,6 +171,6 @@ def test_bad_queries_are_named(index: SetIndex) -> None:
 def test_vectors_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     vectors = torch.zeros(3, 1, 4)
     vectors[1, 0, 2] = torch.nan
-    with pytest.raises(ValueError, match="row 1 .id 'b'. is not"):
+    with pytest.raises(ValueError, match=r"row 1 .id 'b'. is not"):
         SetIndex(vectors, ["a", "b", "c"]).save(tmp_path / "index")
     assert not (tmp_path / "index").exists()
