@@ -2,7 +2,9 @@
 
 In all of them ``image_ids`` says which pairs belong together: int ``[C]``, for each caption the row of its image, or
 bool ``[B, C]``, True where image and caption are a positive pair (several images a caption, several captions an
-image). Other pairs are negatives. Source of the losses: Kim, Kim, Kwak, CVPR 2023, section 3.4; InfoNCE: van den Oord et al. 2018.
+image). Other pairs are negatives.
+
+Sources: Kim, Kim, Kwak, CVPR 2023, section 3.4; InfoNCE: van den Oord et al. 2018.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ def hardest_triplet_loss(sim: Tensor, image_ids: Tensor, margin: float = 0.2, ha
                                              + \max_{i' \notin P_c} [m + s_{i'c} - s_{ic}]_+ \Big)
 
     ``hardest_fraction`` f blends: f times the above plus (1 - f) times the same with the mean over the negatives in
-    place of the maximum. Hardest negatives from the first step on can collapse all similarities into one value (the loss then
-    stays at 2 m); a warm-up from 0 to 1 avoids it.
+    place of the maximum. Hardest negatives from the first step on can collapse all similarities into one value (the
+    loss then stays at 2 m); a warm-up from 0 to 1 avoids it.
 
     Args:
         sim: ``[B, C]`` similarities, images in rows; 16-bit types are computed in float32.

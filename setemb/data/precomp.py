@@ -90,7 +90,7 @@ class PrecompDataset:
 class WordCaptions:
     """Captions as the numbers of their words.
 
-    In training, ``drop`` of the words are hit: half of these masked, a tenth replaced by a random one, the rest deleted.
+    In training, ``drop`` of the words are hit: half of them masked, a tenth made another word, the rest deleted.
     """
 
     def __init__(self, texts: Sequence[str], vocabulary: Vocabulary, drop: float = 0.2) -> None:
@@ -202,7 +202,7 @@ def _read_images(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"no image features {path}")
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:  # of a file that is shorter than its header says, too
+    except (ValueError, EOFError) as error:  # a file that is shorter than its header says is a ValueError
         raise ValueError(f"{path} was cut short or is no .npy file: {error}") from error
     if images.ndim != 3 or 0 in images.shape or images.dtype.kind != "f":
         raise ValueError(f"{path} must hold floats [images, tokens, features], got {images.dtype} {list(images.shape)}")

@@ -27,8 +27,8 @@ class ResidualMLP(nn.Module):
 class RegionEncoder(nn.Module):
     """Local features of regions or grid cells, and their maximum as the global vector.
 
-    ``f = Linear(x)``, ``local = Dropout(MLP(f) + f)``, ``global = max over valid tokens of local``. The global vector of
-    an image without a valid token is 0.
+    ``f = Linear(x)``, ``local = Dropout(MLP(f) + f)``, ``global = max over valid tokens of local``. The global vector
+    of an image without a valid token is 0.
 
     Args:
         dim_in: features of a region.

@@ -1,0 +1,195 @@
+"""Training end to end: it learns, it is killed and resumed to the same bits, and the command line says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("omegaconf")
+pytest.importorskip("typer")
+pytest.importorskip("tensorboard")
+
+from setemb.checkpoint import load_checkpoint
+from setemb.config import LossConfig, load_config
+from setemb.losses import hardest_triplet_loss
+from setemb.model import SetEmbedder
+from setemb.training import cosine_with_warmup, evaluate_precomp, load_model, read_metrics, retrieval_loss
+
+# 128 images in batches of 32: four steps an epoch.
+SETTINGS = [
+    "data.batch_size=32",
+    "data.min_word_count=1",
+    "data.captions_per_image=2",
+    "model.dim=32",
+    "model.sets.dim_head=8",
+    "trainer.progress=false",
+    "trainer.accelerator=cpu",
+    "trainer.log_every=1",
+]
+STEPS = 4
+
+
+def run(*arguments: str | Path, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """``python -m setemb ...``, or a program that ends in the same."""
+    program = ["-m", "setemb"] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+
+
+# Kills its own process, with a signal that nothing can catch, after the given step and what is saved there.
+KILLED = """
+import os, signal, sys
+import setemb.training
+from setemb.cli import main
+
+class Killer(setemb.training.LastCheckpoint):
+    def on_train_batch_end(self, trainer, *rest):
+        super().on_train_batch_end(trainer, *rest)
+        if trainer.global_step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+setemb.training.LastCheckpoint = Killer
+main()
+"""
+
+
+def train_arguments(data: Path, out: Path, ema: float) -> list[str | Path]:
+    settings = [f"data.dir={data}", f"trainer.ema_decay={ema}", "trainer.epochs=3", "trainer.checkpoint_every=3"]
+    return ["train", "f8k-grid-bigru", *settings, *SETTINGS, "--out", out]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_precomp, tmp_path_factory):
+    """Folders of runs that were not stopped, by their decay of the moving average."""
+    folders: dict[float, Path] = {}
+
+    def get(ema: float) -> Path:
+        if ema not in folders:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            result = run(*train_arguments(tiny_precomp, folder, ema))
+            assert result.returncode == 0, result.stderr
+            folders[ema] = folder
+        return folders[ema]
+
+    return get
+
+
+def assert_same(ours, theirs, where: str = "") -> None:
+    """Equal to the last bit, in nested structures."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}.{i}")
+    else:
+        assert ours == theirs, where
+
+
+@pytest.mark.parametrize(
+    ("ema", "kill", "resumed_from"),
+    [(0.0, 7, 6), (0.0, 8, 6), (0.9, 7, 6)],
+    ids=["mid-epoch", "before the evaluation", "moving average"],
+)
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(
+    tiny_precomp, uninterrupted, tmp_path, ema, kill, resumed_from
+):
+    whole, folder = uninterrupted(ema), tmp_path / "run"
+    killed = run(*train_arguments(tiny_precomp, folder, ema), code=KILLED.format(step=kill))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert load_checkpoint(folder / "last.safetensors")["global_step"] == resumed_from
+    assert not (folder / "model").exists()
+    resumed = run("train", "--resume", folder)
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = (load_checkpoint(f / "last.safetensors") for f in (folder, whole))
+    assert ours["global_step"] == 3 * STEPS
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+        assert_same(ours[part], theirs[part], part)
+    assert ("current_model_state" in ours) == (ema > 0)
+    if ema > 0:
+        assert_same(ours["current_model_state"], theirs["current_model_state"])
+    model = "model/model.safetensors"
+    assert (folder / model).read_bytes() == (whole / model).read_bytes()  # so the best epoch was the same, too
+    losses = [[row["loss"] for row in read_metrics(f) if "loss" in row] for f in (folder, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3 * STEPS
+
+
+def test_training_learns_and_the_commands_agree(tiny_precomp, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", "f8k-grid-bigru", f"data.dir={tiny_precomp}", *SETTINGS, "trainer.epochs=12", "--out", out]
+    trained = run(*arguments)
+    assert trained.returncode == 0, trained.stderr
+    report_file = tmp_path / "report.json"
+    evaluated = run("eval", out, f"data.dir={tiny_precomp}", "--json", report_file)
+    assert evaluated.returncode == 0, evaluated.stderr
+    report = json.loads(report_file.read_text())
+    # Chance: (1 + 5 + 10) / 64 one way; the other way five captions are right, so at most five times that.
+    assert report["rsum"] > 3 * 100 * (1 + 5 + 10) / 64 * (1 + 5) / 2
+    assert f"RSUM {report['rsum']:.1f}" in evaluated.stdout
+    best = max(row["dev/rsum"] for row in read_metrics(out) if "dev/rsum" in row)
+    assert report["rsum"] == pytest.approx(best, abs=0.2)  # summed in other blocks: a near tie may fall the other way
+    for place in (out / "model", out / "best.safetensors"):
+        settings = load_config(None, [f"data.dir={tiny_precomp}"]).data
+        assert evaluate_precomp(place, settings).rsum == report["rsum"]
+    assert isinstance(load_model(out), SetEmbedder)
+    again = run(*arguments)
+    assert again.returncode == 2
+    assert "holds a run already" in again.stderr
+
+
+def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path):
+    data = f"data.dir={tiny_precomp}"
+    for arguments, message in (
+        (["train"], "give either a recipe (emoji, f8k-grid-bigru"),
+        (["train", "f8k-grid-bigru"], "data.dir must name the folder with the data"),
+        (["train", "f8k-grid-bigru", data, "loss.margn=1"], 'unknown setting "loss.margn"; did you mean "loss.margin"?'),
+        (["train", "f8k-grid-bigru", data, "data.batch_size=129"], "batch_size must lie in [1, 128]"),
+        (["train", "f8k-grid-bigru", f"data.dir={tmp_path}"], "no image features"),
+        (["train", "--resume", tmp_path], "nothing to resume"),
+        (["eval", tmp_path, data], "holds neither a model nor a run"),
+    ):
+        result = run(*arguments, *(["--out", tmp_path / "run"] if "--resume" not in arguments and arguments[0] == "train" else []))
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_schedules():
+    assert [cosine_with_warmup(step, 10, 4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert cosine_with_warmup(4, 10, 4) == 1.0
+    assert cosine_with_warmup(7, 10, 4) == pytest.approx(0.5)
+    assert cosine_with_warmup(10, 10, 4) == pytest.approx(0.0)
+    sim, ids = torch.randn(4, 8), torch.arange(8) // 2
+    config = LossConfig(warmup_epochs=2.0, hardest_fraction=0.8)
+    for epochs_done, fraction in ((0.0, 0.0), (2.0, 0.0), (3.0, 0.4), (4.0, 0.8), (9.0, 0.8)):
+        expected = hardest_triplet_loss(sim, ids, config.margin, fraction)
+        torch.testing.assert_close(retrieval_loss(sim, ids, config, epochs_done), expected)
+
+
+def test_flickr8k_batches_hold_what_the_files_hold():
+    folder = os.environ.get("SETEMB_FLICKR8K")
+    if not folder:
+        pytest.skip("SETEMB_FLICKR8K is not set: it names the folder with Flickr8k's features and captions")
+    grid = np.load(Path(folder) / "dev_grid_int8.npy", mmap_mode="r")
+    scale = np.load(Path(folder) / "grid_pca.npz")["scale"]
+    assert grid.shape[1:] == (49, len(scale))
