@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,9 +59,14 @@ def train(
         Path | None,
         typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly.", show_default=False),
     ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print all settings of the recipe and stop.")] = False,
 ) -> None:
-    """Train a model on precomputed features and captions."""
-    from setemb.config import load_config, recipes
+    """Train a model on precomputed features and captions.
+
+    Shipped recipes: f8k-grid-minilm, f8k-grid-bigru. Give the data with data.dir=FOLDER; it holds
+    {train,dev}_ims.npy and {train,dev}_caps.txt.
+    """
+    from setemb.config import load_config, recipes, to_yaml
 
     with usage_errors():
         if (recipe is None) == (resume is None):
@@ -74,8 +80,12 @@ def train(
         else:
             folder = out or Path("runs") / Path(str(recipe)).stem
             config = load_config(recipe, overrides or [])
+            if show:
+                print(to_yaml(config), end="")
+                return
         from setemb.training import train_precomp
 
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         model = train_precomp(config, folder, resume=resume is not None)
     Console().print(f"model: {model}")
 

@@ -201,6 +201,13 @@ class LastCheckpoint(Callback):
         trainer.save_checkpoint(self.path)
 
 
+class ProgressBar(TQDMProgressBar):
+    """Lightning's, without the logger's version."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+
+
 def fit(
     config: Config, model: SetEmbedder, data: RetrievalDataModule, folder: str | Path, resume: bool = False
 ) -> Path:
@@ -232,7 +239,7 @@ def fit(
     callbacks: list[Callback] = [EMAWeightAveraging(decay=settings.ema_decay)] if settings.ema_decay > 0 else []
     callbacks += [LastCheckpoint(last, settings.checkpoint_every)]
     callbacks += [best] if best is not None else []
-    callbacks += [TQDMProgressBar()] if settings.progress else []
+    callbacks += [ProgressBar()] if settings.progress else []
     trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=1,
@@ -256,6 +263,8 @@ def fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # StepBatches resumes by the step
+        warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+        warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
         trainer.fit(RetrievalModule(config, model, data.steps_per_epoch), data, ckpt_path=last if resume else None)
     chosen = folder / "best.safetensors"
     load_model(chosen if chosen.is_file() else last).save_pretrained(folder / "model")

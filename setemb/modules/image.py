@@ -67,13 +67,12 @@ class RegionEncoder(nn.Module):
             raise ValueError(f"mask must have shape {list(features.shape[:2])}, got {list(mask.shape)}")
         # Only valid tokens are computed: padding must not reach the batch norm's statistics.
         tokens = features.flatten(0, 1) if mask is None else features[mask]
-        tokens = self.mlp(self.fc(self.input_dropout(tokens)))
+        tokens = self.dropout(self.mlp(self.fc(self.input_dropout(tokens))))
         if mask is None:
             local = tokens.unflatten(0, features.shape[:2])
         else:
             local = tokens.new_zeros(*mask.shape, tokens.shape[1])
             local[mask] = tokens
-        local = self.dropout(local)
         return local, pool(local, mask, self.pooling), mask
 
 

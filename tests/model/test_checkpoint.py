@@ -60,7 +60,9 @@ def test_a_model_file_cut_short_or_altered_is_refused(tmp_path, name):
     tiny_model().save_pretrained(tmp_path)
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=rf"{name} was cut short or altered: {len(whole) - 1} bytes, expected {len(whole)}"):
+    with pytest.raises(
+        ValueError, match=rf"{name} was cut short or altered: {len(whole) - 1} bytes, expected {len(whole)}"
+    ):
         SetEmbedder.from_pretrained(tmp_path)
     (tmp_path / name).write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
     with pytest.raises(ValueError, match=f"{name} was altered"):
@@ -95,7 +97,7 @@ def test_a_wrong_model_description_is_refused(tmp_path):
 def test_settings_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match='"cosine" needs sets.num_slots = 1, got 4'):
         tiny_model(similarity="cosine")
-    with pytest.raises(ValueError, match="image.dim_in must be at least 1"):
+    with pytest.raises(ValueError, match=r"image.dim_in must be at least 1"):
         SetEmbedder(ModelConfig())
 
 

@@ -46,7 +46,7 @@ def test_wrong_settings_are_named(override, message):
 
 
 def test_wrong_recipes_are_named(tmp_path: Path):
-    with pytest.raises(ValueError, match="recipe must be a .yaml file or one of .*f8k-grid-bigru.*; got 'nothing'"):
+    with pytest.raises(ValueError, match=r"recipe must be a .yaml file or one of .*f8k-grid-bigru.*; got 'nothing'"):
         load_config("nothing")
     with pytest.raises(ValueError, match=r"cannot read .*none\.yaml"):
         load_config(tmp_path / "none.yaml")

@@ -145,7 +145,9 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train_caps\.txt"):
         PrecompDataset(tmp_path, "train")
     files(good, b"a\nb\nc\n")
-    with pytest.raises(ValueError, match=r"train_caps\.txt must hold a whole number of captions for each of 2 images, got 3"):
+    with pytest.raises(
+        ValueError, match=r"train_caps\.txt must hold a whole number of captions for each of 2 images, got 3"
+    ):
         PrecompDataset(tmp_path, "train")
     files(good, b"a\nb\n \nd\n")
     with pytest.raises(ValueError, match=r"train_caps\.txt, line 3: the caption is empty"):

@@ -1,4 +1,4 @@
-"""Training end to end: it learns, it is killed and resumed to the same bits, and the command line says what is wrong."""
+"""Training end to end: it learns, is killed and resumed to the same bits, and the command line says what is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ pytest.importorskip("omegaconf")
 pytest.importorskip("typer")
 pytest.importorskip("tensorboard")
 
+from typer.testing import CliRunner
+
 from setemb.checkpoint import load_checkpoint
+from setemb.cli import app
 from setemb.config import LossConfig, load_config
 from setemb.losses import hardest_triplet_loss
 from setemb.model import SetEmbedder
@@ -157,19 +160,24 @@ def test_training_learns_and_the_commands_agree(tiny_precomp, tmp_path):
     assert "holds a run already" in again.stderr
 
 
-def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path):
+def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     data = f"data.dir={tiny_precomp}"
     for arguments, message in (
         (["train"], "give either a recipe (emoji, f8k-grid-bigru"),
         (["train", "f8k-grid-bigru"], "data.dir must name the folder with the data"),
-        (["train", "f8k-grid-bigru", data, "loss.margn=1"], 'unknown setting "loss.margn"; did you mean "loss.margin"?'),
+        (
+            ["train", "f8k-grid-bigru", data, "loss.margn=1"],
+            'unknown setting "loss.margn"; did you mean "loss.margin"?',
+        ),
         (["train", "f8k-grid-bigru", data, "data.batch_size=129"], "batch_size must lie in [1, 128]"),
         (["train", "f8k-grid-bigru", f"data.dir={tmp_path}"], "no image features"),
         (["train", "--resume", tmp_path], "nothing to resume"),
         (["eval", tmp_path, data], "holds neither a model nor a run"),
     ):
-        result = run(*arguments, *(["--out", tmp_path / "run"] if "--resume" not in arguments and arguments[0] == "train" else []))
-        assert result.returncode == 2, result.stderr
+        out = [] if arguments[0] == "eval" or "--resume" in arguments else ["--out", tmp_path / "run"]
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments + out])
+        assert result.exit_code == 2, result.output
         assert message in result.stderr
         assert "Traceback" not in result.stderr
 
