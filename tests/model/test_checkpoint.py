@@ -95,7 +95,7 @@ def test_a_wrong_model_description_is_refused(tmp_path):
 
 
 def test_settings_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match='"cosine" needs sets.num_slots = 1, got 4'):
+    with pytest.raises(ValueError, match=r'"cosine" needs sets\.num_slots = 1, got 4'):
         tiny_model(similarity="cosine")
     with pytest.raises(ValueError, match=r"image.dim_in must be at least 1"):
         SetEmbedder(ModelConfig())
