@@ -14,6 +14,7 @@
 
 #include "gemm.h"
 #include "parallel.h"
+#include "smooth_chamfer_blocks.h"
 #include "smooth_chamfer_tile.h"
 
 namespace setemb {
@@ -32,169 +33,6 @@ struct Budget {
 // Above this a float32 sum of all of dY is not kept for 16-bit types.
 constexpr int64_t kSumBytes = int64_t{24} << 20;
 
-// Row stride of a tile wherever its columns fit: not a power of two, so that a column of it does not share one cache set.
-constexpr int64_t kTileStride = 528;
-constexpr int64_t kTileRows = 96;
-
-// exponent(v): the e of |v| < 2^e; 0 for 0 and for what is not finite
-int exponent_of(double v) {
-  int e = 0;
-  if (std::isfinite(v)) std::frexp(v, &e);
-  return e;
-}
-
-// By how many powers of two a sum of `terms` products below 2^exponent may leave the range of T.
-template <class T>
-int excess_exponent(int exponent, int64_t terms) {
-  return std::max(0, exponent + exponent_of(static_cast<double>(terms)) + 1 - Format<T>::bias);
-}
-
-// The sets of one side with what is known of each.
-template <class In, class T>
-class Side {
- public:
-  Side(const SetBatch& b, int64_t features) : batch(b), norm(b.sets), weight(b.sets), largest_of_(b.sets) {
-    run_tasks(div_up(b.sets, kSetsPerTask), [&](int64_t task, int64_t) {
-      for (int64_t i = task * kSetsPerTask; i < std::min(b.sets, (task + 1) * kSetsPerTask); ++i) measure(i, features);
-    });
-    for (double v : largest_of_) largest = v > largest || std::isnan(v) ? v : largest;
-  }
-
-  // Vector `v` of set `i`, null where it is masked.
-  const In* vector(int64_t i, int64_t v) const {
-    if (batch.mask != nullptr && !batch.mask[i * batch.vectors + v]) return nullptr;
-    return static_cast<const In*>(batch.data) + i * batch.set_stride + v * batch.vector_stride;
-  }
-
-  const SetBatch batch;
-  std::vector<double> norm;  // of the longest vector of a set; NaN where it holds one
-  std::vector<T> weight;     // 1 / (2 |set|), 0 where it is empty
-  double largest = 0;        // |value|
-
- private:
-  static constexpr int64_t kSetsPerTask = 64;
-
-  void measure(int64_t i, int64_t features) {
-    int64_t valid = 0;
-    double longest = 0, largest_here = 0;
-    for (int64_t v = 0; v < batch.vectors; ++v) {
-      const In* p = vector(i, v);
-      if (p == nullptr) continue;
-      ++valid;
-      constexpr int parts = 16;  // independent sums: the loop vectorises
-      T squares[parts] = {}, maxima[parts] = {};
-      int64_t d = 0;
-      for (; d + parts <= features; d += parts) {
-        for (int j = 0; j < parts; ++j) add(to_float(p[d + j]), squares[j], maxima[j]);
-      }
-      for (; d < features; ++d) add(to_float(p[d]), squares[0], maxima[0]);
-      double square = 0;
-      for (int j = 0; j < parts; ++j) {
-        square += squares[j];
-        largest_here = std::max<double>(largest_here, maxima[j]);
-      }
-      const double length = std::sqrt(square);
-      longest = length > longest || std::isnan(length) ? length : longest;
-    }
-    norm[i] = longest;
-    largest_of_[i] = largest_here;
-    weight[i] = valid == 0 ? T(0) : T(0.5) / static_cast<T>(valid);
-  }
-
-  static void add(T value, T& square, T& maximum) {
-    square += value * value;
-    const T magnitude = value < 0 ? -value : value;
-    maximum = magnitude > maximum ? magnitude : maximum;
-  }
-
-  std::vector<double> largest_of_;
-};
-
-// How sets are cut into blocks, and the sizes that follow.
-template <class P>
-struct Blocks {
-  using T = typename P::Acc;
-
-  int64_t K, L, D;
-  int64_t x_sets, y_sets;    // sets in a block
-  int64_t x_count, y_count;  // blocks
-  int64_t rows, columns;     // of a tile, padded: whole micro-tiles
-  int64_t ld;                // of a tile
-
-  Blocks(int64_t N, int64_t M, int64_t K, int64_t L, int64_t D) : K(K), L(L), D(D) {
-    // whole sets in as many rows as leave the least of the last micro-tile empty
-    x_sets = 1;
-    double best = 0;
-    for (int64_t sets = std::max<int64_t>(1, kTileRows * 2 / 3 / K); sets <= std::max<int64_t>(1, kTileRows * 4 / 3 / K); ++sets) {
-      const double use = static_cast<double>(sets * K) / static_cast<double>(round_up(sets * K, kMicroRows));
-      if (use > best) best = use, x_sets = sets;
-    }
-    x_sets = balanced(N, x_sets, 1);
-    constexpr int64_t lanes = kLanes<T>;
-    y_sets = balanced(M, std::max<int64_t>(1, (kTileStride - 16) / (L * lanes)) * lanes, lanes);
-    x_count = div_up(N, x_sets);
-    y_count = div_up(M, y_sets);
-    rows = round_up(x_sets * K, kMicroRows);
-    columns = round_up(L * y_sets, kMicroColumns<P>);
-    ld = columns <= kTileStride ? kTileStride : columns + 16;
-  }
-
-  int64_t steps() const { return div_up(D, P::group); }               // of the product over features
-  int64_t feature_panels() const { return div_up(D, kMicroColumns<P>); }
-  int64_t row_steps() const { return div_up(x_sets * K, P::group); }  // of the product over rows of a tile
-  int64_t column_steps() const { return div_up(L * y_sets, P::group); }
-  int64_t x_outer() const { return rows * steps(); }  // elements of a packed block, for the product over features
-  int64_t y_outer() const { return columns * steps(); }
-  int64_t x_inner() const { return feature_panels() * row_steps() * kMicroColumns<P>; }  // for the product that makes dY
-  int64_t y_inner() const { return feature_panels() * column_steps() * kMicroColumns<P>; }
-
- private:
-  // At most `most` sets a block, whole units, all blocks alike: the last is not nearly empty.
-  static int64_t balanced(int64_t sets, int64_t most, int64_t unit) {
-    return round_up(div_up(sets, div_up(sets, most)), unit);
-  }
-};
-
-// The packed blocks [first, last) of one side.
-template <class P>
-struct Packed {
-  using E = typename P::Element;
-  int64_t capacity = 0, first = 0, last = 0, outer_size = 0, inner_size = 0;
-  Buffer<E> outer_data, inner_data;
-  Buffer<typename P::Acc> valid;  // y: [block][L * y_sets], 1 or 0
-
-  Packed(int64_t blocks, int64_t budget, int64_t outer, int64_t inner, int64_t valid_size)
-      : outer_size(outer), inner_size(inner) {
-    const int64_t bytes = std::max<int64_t>(1, (outer + inner) * static_cast<int64_t>(sizeof(E)));
-    capacity = std::clamp<int64_t>(budget / bytes, 1, blocks);
-    outer_data = Buffer<E>(capacity * outer);
-    inner_data = Buffer<E>(capacity * inner);
-    valid = Buffer<typename P::Acc>(capacity * valid_size);
-  }
-  E* outer(int64_t block) const { return outer_data.get() + (block - first) * outer_size; }
-  E* inner(int64_t block) const { return inner_data.get() + (block - first) * inner_size; }
-};
-
-// What one thread works in.
-template <class P>
-struct Scratch {
-  using T = typename P::Acc;
-  Buffer<T> tile;                     // [rows][ld]
-  Buffer<typename P::Element> pairs;  // weights rounded to the element, [rows][ld / group]
-  Buffer<T> line;                     // a value for each set of y of a block
-  Buffer<T> idle_row;                 // where the rows of a micro-tile go that nobody wants
-  Buffer<Vec<T>> sums;
-  std::vector<T*> rows;
-
-  explicit Scratch(const Blocks<P>& b)
-      : tile(b.rows * b.ld),
-        pairs(P::group == 1 ? 0 : b.rows * b.ld / P::group),
-        line(b.y_sets),
-        idle_row(std::max(b.ld, b.D)),
-        sums(4 * (b.K + b.L)),
-        rows(round_up(std::max(b.rows, b.columns), kMicroRows)) {}
-};
-
 template <class In, class P>
 class SmoothChamfer {
   using T = typename P::Acc;
@@ -202,11 +40,10 @@ class SmoothChamfer {
 
  public:
   explicit SmoothChamfer(const ChamferProblem& p)
-      : x_(p.x, p.features),
-        y_(p.y, p.features),
+      : sides_(p),
         b_(p.x.sets, p.y.sets, p.x.vectors, p.y.vectors, p.features),
         alpha_(p.alpha),
-        exponent_(excess_exponent<T>(exponent_of(x_.largest) + exponent_of(y_.largest), p.features)),
+        exponent_(excess_exponent<T>(exponent_of(x_.largest()) + exponent_of(y_.largest()), p.features)),
         masked_(p.x.mask != nullptr || p.y.mask != nullptr),
         y_weight_(b_.y_count * b_.y_sets),
         x_norm_(block_norms(x_.norm, b_.x_sets)),
@@ -219,14 +56,14 @@ class SmoothChamfer {
   bool scaled() const { return exponent_ != 0; }
 
   void forward(In* out) {
-    Packed<P> xs(b_.x_count, Budget::x(), b_.x_outer(), 0, 0), ys(b_.y_count, Budget::y(), b_.y_outer(), 0, b_.L * b_.y_sets);
-    for_each_part(ys, b_.y_count, ys.capacity, [&] {
-      pack_y(ys, false);
-      for_each_part(xs, b_.x_count, xs.capacity, [&] {
-        if (ys.first == 0 || xs.capacity < b_.x_count) pack_x(xs, false);
-        const int64_t width = ys.last - ys.first;
-        run_tasks((xs.last - xs.first) * width, [&](int64_t task, int64_t worker) {
-          forward_tile(xs, xs.first + task / width, ys, ys.first + task % width, scratch_[worker], out);
+    const int64_t x_part = Packed<P>::fitting(b_.x_count, Budget::x(), b_.x_outer());
+    const int64_t y_part = Packed<P>::fitting(b_.y_count, Budget::y(), b_.y_outer());
+    Packed<P> xs(x_part, b_.x_outer(), 0, 0), ys(y_part, b_.y_outer(), 0, b_.L * b_.y_sets);
+    for_each_part(ys, b_.y_count, y_part, [&] {
+      for_each_part(xs, b_.x_count, x_part, [&] {
+        pack(xs, ys);
+        run_tasks(xs.size() * ys.size(), [&](int64_t task, int64_t worker) {
+          forward_tile(xs, xs.first + task / ys.size(), ys, ys.first + task % ys.size(), scratch_[worker], out);
         });
       });
     });
@@ -235,22 +72,22 @@ class SmoothChamfer {
   // Sums into x_sum, y_sum and alpha, each null where not needed. With In other than T, x_sum is converted into x_out.
   void backward(StridedMatrix grad, int shrink, T* x_sum, In* x_out, T* y_sum, double* alpha) {
     const bool need_x = x_sum != nullptr || x_out != nullptr, need_y = y_sum != nullptr;
-    Packed<P> xs(b_.x_count, Budget::x(), b_.x_outer(), need_y ? b_.x_inner() : 0, 0);
-    Packed<P> ys(b_.y_count, Budget::y(), b_.y_outer(), need_x ? b_.y_inner() : 0, b_.L * b_.y_sets);
-    const int64_t tiles = std::max<int64_t>(1, Budget::tiles() / (b_.rows * b_.ld * static_cast<int64_t>(sizeof(T)) / P::group));
-    const int64_t y_part = std::min<int64_t>({ys.capacity, 4, tiles}), x_part = std::min(xs.capacity, tiles / y_part);
+    const int64_t x_inner = need_y ? b_.x_inner() : 0, y_inner = need_x ? b_.y_inner() : 0;
+    const int64_t tiles = std::max<int64_t>(1, Budget::tiles() / (tile_elements() * static_cast<int64_t>(sizeof(E))));
+    const int64_t y_part = std::min<int64_t>({Packed<P>::fitting(b_.y_count, Budget::y(), b_.y_outer() + y_inner), 4, tiles});
+    const int64_t x_part = std::min(Packed<P>::fitting(b_.x_count, Budget::x(), b_.x_outer() + x_inner), tiles / y_part);
+    Packed<P> xs(x_part, b_.x_outer(), x_inner, 0), ys(y_part, b_.y_outer(), y_inner, b_.L * b_.y_sets);
     Buffer<E> store(need_y ? x_part * y_part * tile_elements() : 0);
     Buffer<T> part_sum(x_out != nullptr ? x_part * b_.x_sets * b_.K * b_.D : 0);
     std::vector<double> entropy(alpha != nullptr ? b_.x_count : 0, 0.0);
     for_each_part(xs, b_.x_count, x_part, [&] {
-      pack_x(xs, need_y);
       T* const sum = x_out != nullptr ? part_sum.get() : x_sum == nullptr ? nullptr : x_sum + xs.first * b_.x_sets * b_.K * b_.D;
       for_each_part(ys, b_.y_count, y_part, [&] {
-        if (xs.first == 0 || y_part < b_.y_count) pack_y(ys, need_x);
+        pack(xs, ys);
         const auto tile_of = [&](int64_t x, int64_t y) {
           return store.get() + ((x - xs.first) * y_part + (y - ys.first)) * tile_elements();
         };
-        run_tasks(xs.last - xs.first, [&](int64_t task, int64_t worker) {
+        run_tasks(xs.size(), [&](int64_t task, int64_t worker) {
           const int64_t x = xs.first + task;
           for (int64_t y = ys.first; y < ys.last; ++y) {
             E* const kept = need_y ? tile_of(x, y) : nullptr;
@@ -260,9 +97,9 @@ class SmoothChamfer {
         });
         if (!need_y) return;
         // as many tasks as keep all threads busy, a whole number of panels of features each
-        const int64_t panels = std::clamp<int64_t>(b_.feature_panels() * (ys.last - ys.first) / (4 * threads()), 4, 64);
+        const int64_t panels = std::clamp<int64_t>(b_.feature_panels() * ys.size() / (4 * threads()), 4, 64);
         const int64_t pieces = div_up(b_.feature_panels(), panels);
-        run_tasks((ys.last - ys.first) * pieces, [&](int64_t task, int64_t worker) {
+        run_tasks(ys.size() * pieces, [&](int64_t task, int64_t worker) {
           const int64_t y = ys.first + task / pieces;
           for (int64_t x = xs.first; x < xs.last; ++x) {
             add_to_y(xs, x, y, tile_of(x, y), task % pieces * panels, panels, scratch_[worker], y_sum);
@@ -290,7 +127,7 @@ class SmoothChamfer {
       }
     });
     const double g = *std::max_element(largest.begin(), largest.end());
-    return excess_exponent<T>(exponent_of(g) + std::max(exponent_of(x_.largest), exponent_of(y_.largest)),
+    return excess_exponent<T>(exponent_of(g) + std::max(exponent_of(x_.largest()), exponent_of(y_.largest())),
                               std::max(N * b_.K, M * b_.L));
   }
 
@@ -310,37 +147,40 @@ class SmoothChamfer {
   template <class F>
   static void for_each_part(Packed<P>& packed, int64_t blocks, int64_t part, const F& f) {
     for (int64_t first = 0; first < blocks; first += part) {
-      packed.first = first;
-      packed.last = std::min(blocks, first + part);
+      packed.select(first, std::min(blocks, first + part));
       f();
     }
   }
 
   int64_t x_sets_in(int64_t block) const { return std::min(b_.x_sets, x_.batch.sets - block * b_.x_sets); }
 
-  void pack_x(Packed<P>& xs, bool inner) const {
-    run_tasks(xs.last - xs.first, [&](int64_t task, int64_t) {
-      const int64_t block = xs.first + task, count = x_sets_in(block) * b_.K;
-      std::vector<const In*> rows(count);
-      for (int64_t r = 0; r < count; ++r) rows[r] = x_.vector(block * b_.x_sets + r / b_.K, r % b_.K);
-      pack_outer<P>(rows.data(), count, b_.D, kMicroRows, xs.outer(block), static_cast<T>(std::ldexp(1.0, -exponent_)));
-      if (inner) pack_inner<P>(rows.data(), count, b_.D, xs.inner(block));
+  // Packs what is selected and not packed yet.
+  void pack(Packed<P>& xs, Packed<P>& ys) const {
+    const int64_t x_tasks = xs.stale ? xs.size() : 0, y_tasks = ys.stale ? ys.size() : 0;
+    run_tasks(x_tasks + y_tasks, [&](int64_t task, int64_t) {
+      task < x_tasks ? pack_x(xs, xs.first + task) : pack_y(ys, ys.first + task - x_tasks);
     });
+    xs.stale = ys.stale = false;
   }
 
-  void pack_y(Packed<P>& ys, bool inner) const {
-    run_tasks(ys.last - ys.first, [&](int64_t task, int64_t) {
-      const int64_t block = ys.first + task, count = b_.L * b_.y_sets;
-      T* const valid = ys.valid.get() + task * count;
-      std::vector<const In*> columns(count);
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t m = block * b_.y_sets + j % b_.y_sets;
-        columns[j] = m < y_.batch.sets ? y_.vector(m, j / b_.y_sets) : nullptr;
-        valid[j] = columns[j] == nullptr ? 0 : 1;
-      }
-      pack_outer<P>(columns.data(), count, b_.D, kMicroColumns<P>, ys.outer(block), T(1));
-      if (inner) pack_inner<P>(columns.data(), count, b_.D, ys.inner(block));
-    });
+  void pack_x(const Packed<P>& xs, int64_t block) const {
+    const int64_t count = x_sets_in(block) * b_.K;
+    std::vector<const In*> rows(count);
+    for (int64_t r = 0; r < count; ++r) rows[r] = x_.vector(block * b_.x_sets + r / b_.K, r % b_.K);
+    pack_outer<P>(rows.data(), count, b_.D, kMicroRows, xs.outer(block), static_cast<T>(std::ldexp(1.0, -exponent_)));
+    if (xs.inner(block) != nullptr) pack_inner<P>(rows.data(), count, b_.D, xs.inner(block));
+  }
+
+  void pack_y(const Packed<P>& ys, int64_t block) const {
+    const int64_t count = b_.L * b_.y_sets;
+    std::vector<const In*> columns(count);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t m = block * b_.y_sets + j % b_.y_sets;
+      columns[j] = m < y_.batch.sets ? y_.vector(m, j / b_.y_sets) : nullptr;
+      ys.valid(block)[j] = columns[j] == nullptr ? 0 : 1;
+    }
+    pack_outer<P>(columns.data(), count, b_.D, kMicroColumns<P>, ys.outer(block), T(1));
+    if (ys.inner(block) != nullptr) pack_inner<P>(columns.data(), count, b_.D, ys.inner(block));
   }
 
   // The scores of block x with block y into `scores`, and the tile that describes them.
@@ -359,7 +199,7 @@ class SmoothChamfer {
             exponent_ == 0 && x_norm_[x] * y_norm_[y] * alpha_ <= kSharedShiftLimit,
             masked_,
             x_.batch.mask == nullptr ? nullptr : x_.batch.mask + x * b_.x_sets * b_.K,
-            ys.valid.get() + (y - ys.first) * b_.L * b_.y_sets,
+            ys.valid(y),
             x_.weight.data() + x * b_.x_sets,
             y_weight_.data() + y * b_.y_sets,
             static_cast<T>(std::min(largest, std::ldexp(alpha_, exponent_))),
@@ -441,7 +281,8 @@ class SmoothChamfer {
   }
 
  private:
-  const Side<In, T> x_, y_;
+  const Sides<In, T> sides_;
+  const Side<In, T>&x_ = sides_.x, &y_ = sides_.y;
   const Blocks<P> b_;
   const double alpha_;
   const int exponent_;
