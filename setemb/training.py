@@ -23,12 +23,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
+
+try:
+    import lightning.pytorch as pl
+    from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+    from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+except ImportError as error:
+    raise ImportError('training needs lightning 2.6 or newer: pip install "setemb[train]"') from error
 
 from setemb.checkpoint import load_checkpoint, save_checkpoint, write_file
 from setemb.config import Config, DataConfig, LossConfig, from_dict, to_yaml

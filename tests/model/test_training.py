@@ -25,7 +25,14 @@ from setemb.cli import app
 from setemb.config import LossConfig, load_config
 from setemb.losses import hardest_triplet_loss
 from setemb.model import SetEmbedder
-from setemb.training import cosine_with_warmup, evaluate_precomp, load_model, read_metrics, retrieval_loss
+from setemb.training import (
+    cosine_with_warmup,
+    evaluate_precomp,
+    load_model,
+    read_metrics,
+    retrieval_loss,
+    train_precomp,
+)
 
 # 128 images in batches of 32: four steps an epoch.
 SETTINGS = [
@@ -194,10 +201,44 @@ def test_schedules():
         torch.testing.assert_close(retrieval_loss(sim, ids, config, epochs_done), expected)
 
 
-def test_flickr8k_batches_hold_what_the_files_hold():
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_mixed_precision_trains(tiny_precomp, tmp_path, precision):
+    settings = [f"data.dir={tiny_precomp}", *SETTINGS, f"trainer.precision={precision}", "trainer.epochs=3"]
+    train_precomp(load_config("f8k-grid-bigru", settings), tmp_path)
+    rows = [row["loss"] for row in read_metrics(tmp_path) if "loss" in row]
+    assert rows[-1] < 0.8 * rows[0]
+
+
+def test_the_model_fits_real_photographs(tmp_path):
     folder = os.environ.get("SETEMB_FLICKR8K")
     if not folder:
-        pytest.skip("SETEMB_FLICKR8K is not set: it names the folder with Flickr8k's features and captions")
-    grid = np.load(Path(folder) / "dev_grid_int8.npy", mmap_mode="r")
+        pytest.skip("SETEMB_FLICKR8K is not set: it names the folder with Flickr8k's grid features and captions")
     scale = np.load(Path(folder) / "grid_pca.npz")["scale"]
-    assert grid.shape[1:] == (49, len(scale))
+    grid = np.load(Path(folder) / "dev_grid_int8.npy", mmap_mode="r")[:128]
+    with (Path(folder) / "dev_captions.jsonl").open(encoding="utf-8") as file:
+        captions = [" ".join(text.split()) for line in list(file)[:128] for text in json.loads(line)["captions"]]
+    for split in ("train", "dev"):
+        np.save(tmp_path / f"{split}_ims.npy", (grid * scale).astype(np.float16))
+        (tmp_path / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    settings = [f"data.dir={tmp_path}", *SETTINGS, "loss.kind=info_nce", "trainer.epochs=15"]
+    train_precomp(load_config("f8k-grid-bigru", settings), tmp_path / "run")
+    report = evaluate_precomp(tmp_path / "run", load_config(None, [f"data.dir={tmp_path}"]).data)
+    assert report.text_to_image.r10 > 5 * 100 * 10 / 128
+
+
+def test_importing_setemb_stays_light():
+    heavy = ("lightning", "transformers", "omegaconf", "typer", "rich", "matplotlib", "PIL")
+    code = f"import sys, setemb, setemb.model, setemb.evaluation; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "module"),
+    [("lightning", "setemb.training"), ("lightning", "setemb.data.loader"), ("typer", "setemb.cli")],
+)
+def test_a_missing_package_is_one_sentence_that_names_the_extra(missing, module):
+    code = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 1
+    assert 'pip install "setemb[train]"' in result.stderr.splitlines()[-1]
