@@ -1,7 +1,7 @@
-"""The compiled modules: one CPU module per SIMD capability, and the CUDA one where it can be built. All else is in pyproject.toml.
+"""The compiled modules: one CPU module per SIMD capability, and the CUDA one where it can be built.
 
-Settings, from the environment: SETEMB_CUDA=auto|0|1 (1 fails where CUDA cannot be built), and torch's own TORCH_CUDA_ARCH_LIST,
-MAX_JOBS and DEBUG.
+Settings, from the environment: SETEMB_CUDA=auto|0|1 (1 fails where CUDA cannot be built), and torch's own
+TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 from pathlib import Path
 
 import pybind11
@@ -71,7 +70,7 @@ def cuda_absent() -> str:
     """Why the CUDA module cannot be built here; empty where it can. No GPU is needed, only torch and the toolkit."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin/nvcc").exists() and shutil.which("nvcc") is None:
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin/nvcc").exists():
         return "no CUDA toolkit (nvcc) was found; CUDA_HOME says where it is"
     return ""
 

@@ -1,4 +1,4 @@
-"""Rows: one function of ours beside its peers, measured in turn in one run, so that a noisy machine slows all of them alike."""
+"""Rows: ours beside its peers, measured in turn in one run, so that a noisy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def measure(
     rounds: int = 9,
     peer_rounds: int = 3,
 ) -> Row:
-    """Time `ours` with pytest-benchmark; before each of its rounds, time the floor, and in the first rounds the peers."""
+    """Time `ours` with pytest-benchmark; before each of its rounds the floor, before the first ones the peers."""
     times: dict[str, list[float]] = {"floor": [], "ours": []} | {name: [] for name in peers}
 
     def timed(name: str, function: Function) -> None:

@@ -16,8 +16,8 @@ MIB = 1 << 20
 def peak_beyond_inputs_and_results(function: Callable[[], Sequence[Tensor]], device: str = "cpu") -> float:
     """MiB at the highest point of one call, less what was held before it and less the tensors it returns.
 
-    On the CPU the process's resident memory (Linux): run it in a process of its own, with everything the call needs (threads,
-    libraries) touched by a small call before. On a GPU torch's own count.
+    On the CPU the process's resident memory (Linux): run it in a process of its own, with everything the call needs
+    (threads, libraries) touched by a small call before. On a GPU torch's own count.
     """
     if device != "cpu":
         torch.cuda.synchronize()

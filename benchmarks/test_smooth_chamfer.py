@@ -1,4 +1,4 @@
-"""Rows of smooth_chamfer: beside the plain matrix product of the flattened operands, eager PyTorch and torch.compile of it."""
+"""Rows of smooth_chamfer: beside the plain product of the flattened operands, eager and compiled PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ def unit_sets(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> Tensor
 
 
 def forward_row(
-    benchmark: BenchmarkFixture, n: int, K: int, L: int, D: int, dtype: torch.dtype, limit: float | None, device: str = "cpu"
+    benchmark: BenchmarkFixture,
+    n: int,
+    K: int,
+    L: int,
+    D: int,
+    dtype: torch.dtype,
+    limit: float | None,
+    device: str = "cpu",
 ) -> Row:
     x, y = unit_sets(n, K, D, dtype, device), unit_sets(n, L, D, dtype, device)
     x_flat, y_flat = x.flatten(0, 1), y.flatten(0, 1)
@@ -62,13 +69,17 @@ def backward_row(
     def three_products() -> None:
         x_flat @ y_flat.T, weights @ y_flat, weights.T @ x_flat
 
-    row = Row("smooth_chamfer", f"forward + backward {n}x{n} K{K} L{K} D{D} {_name(dtype)} {device}", limit, "three products")
+    row = Row(
+        "smooth_chamfer", f"forward + backward {n}x{n} K{K} L{K} D{D} {_name(dtype)} {device}", limit, "three products"
+    )
     return measure(
         benchmark,
         row,
         ours=step(lambda x, y: smooth_chamfer(x, y, alpha=ALPHA)),
         floor=three_products,
-        peers=_fitting({"eager": step(eager), "compiled": step(torch.compile(eager, dynamic=False))}, 4 * n * n * K * K, device),
+        peers=_fitting(
+            {"eager": step(eager), "compiled": step(torch.compile(eager, dynamic=False))}, 4 * n * n * K * K, device
+        ),
         operations=6.0 * n * n * K * K * D,
         device=device,
         rounds=7 if device == "cpu" else 30,

@@ -45,7 +45,8 @@ def mask(name: str, value: Tensor | None, sets_name: str, sets: Tensor) -> None:
 
 
 def sharpness(name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """`value`, a finite number > 0, as a 0-dim tensor. The value of a tensor is checked where it is read, by the kernels."""
+    """`value`, a finite number > 0, as a 0-dim tensor. The value of a tensor is checked where it is read, by the
+    kernels."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: expected a number or a tensor of 0 dimensions, got shape {list(value.shape)}")

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Backend:
 class OpBackends:
     """The implementations of one op. Created where the op is defined; `backends` lists all of them."""
 
-    all: list[OpBackends] = []
+    all: ClassVar[list[OpBackends]] = []
 
     def __init__(self, op: str, triton: Callable[[], ModuleType], triton_dtypes: tuple[torch.dtype, ...]) -> None:
         self.op = op
@@ -113,7 +113,8 @@ def triton_absent() -> str:
 
 
 def build_info() -> dict[str, Any] | None:
-    """How the CPU module in use was built (compiler, capability, OpenMP, torch, ...); None where the reference serves."""
+    """How the CPU module in use was built (compiler, capability, OpenMP, torch, ...); None where the reference
+    serves."""
     return None if _CPU.module is None else dict(_CPU.module.build_info())
 
 

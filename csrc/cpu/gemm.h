@@ -1,11 +1,12 @@
 // The matrix product inside the fused kernels: packing and a register-blocked micro-kernel after the scheme of BLIS.
 //
-// A library product would serve, but the kernels want its tiles in cache, its operands in an order of their own (the packing is
-// where that order is made), and three operand layouts without copies. Rows x columns of a micro-tile stay in registers over one
-// run of the reduction; a panel of the right operand stays in the first-level cache over all rows of a block.
+// A library product would serve, but the kernels want its tiles in cache, its operands in an order of their own (the
+// packing is where that order is made), and three operand layouts without copies. Rows x columns of a micro-tile stay
+// in registers over one run of the reduction; a panel of the right operand stays in the first-level cache over all rows
+// of a block.
 //
-// A policy says what is multiplied: `Element` is what is packed, `Acc` what is accumulated, `group` how many reduction steps one
-// element holds.
+// A policy says what is multiplied: `Element` is what is packed, `Acc` what is accumulated, `group` how many reduction
+// steps one element holds.
 #pragma once
 
 #include <algorithm>
@@ -34,9 +35,10 @@ struct BFloat16Pairs {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)pair, (__m512bh)b);
   }
 
-  // Rounds a tile [rows][ld] twice over: `by_row` holds pairs of neighbouring columns, [rows][ld / 2]; `by_column`, unless null, pairs of
-  // neighbouring rows, [rows / 2][ld]. rows is even, columns a multiple of 16.
-  static void round_tile(const float* tile, int64_t rows, int64_t columns, int64_t ld, uint32_t* by_row, uint32_t* by_column) {
+  // Rounds a tile [rows][ld] twice over: `by_row` holds pairs of neighbouring columns, [rows][ld / 2]; `by_column`,
+  // unless null, pairs of neighbouring rows, [rows / 2][ld]. rows is even, columns a multiple of 16.
+  static void round_tile(const float* tile, int64_t rows, int64_t columns, int64_t ld, uint32_t* by_row,
+                         uint32_t* by_column) {
     for (int64_t r = 0; r < rows; r += 2) {
       for (int64_t j = 0; j < columns; j += 16) {
         const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(tile + r * ld + j));
@@ -44,7 +46,8 @@ struct BFloat16Pairs {
         std::memcpy(by_row + (r * ld + j) / 2, &low, 32);
         std::memcpy(by_row + ((r + 1) * ld + j) / 2, &high, 32);
         if (by_column == nullptr) continue;
-        const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+        const __m512i pair =
+            _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
         _mm512_storeu_si512(by_column + r / 2 * ld + j, pair);
       }
     }
@@ -90,9 +93,9 @@ inline int64_t fixed_or(int64_t stride) {
 }
 
 template <class P, int64_t kRowStride>
-inline void micro_kernel(int64_t steps, const typename P::Element* __restrict a, int64_t row_stride, int64_t step_stride,
-                         const typename P::Element* __restrict b, typename P::Acc* const* c, int64_t column, int64_t columns,
-                         bool accumulate) {
+inline void micro_kernel(int64_t steps, const typename P::Element* __restrict a, int64_t row_stride,
+                         int64_t step_stride, const typename P::Element* __restrict b, typename P::Acc* const* c,
+                         int64_t column, int64_t columns, bool accumulate) {
   using T = typename P::Acc;
   constexpr int R = kMicroRows, V = kMicroVectors, lanes = kLanes<T>;
   const int64_t row = fixed_or<kRowStride>(row_stride);
@@ -141,8 +144,8 @@ void multiply_with(const Left<P>& a, const Right<P>& b, int64_t row_panels, int6
     for (int64_t q = 0; q * width < columns; ++q) {
       for (int64_t p = 0; p < row_panels; ++p) {
         micro_kernel<P, kRowStride>(chunk, a.data + p * a.panel + begin * a.step, a.row, a.step,
-                                    b.data + q * b.panel + begin * width, c + p * kMicroRows, q * width, columns - q * width,
-                                    accumulate || begin > 0);
+                                    b.data + q * b.panel + begin * width, c + p * kMicroRows, q * width,
+                                    columns - q * width, accumulate || begin > 0);
       }
     }
     begin += chunk;
@@ -151,8 +154,8 @@ void multiply_with(const Left<P>& a, const Right<P>& b, int64_t row_panels, int6
 
 // c = a b, or c += a b. `c` points to the rows of the output, kMicroRows for each panel of a.
 template <class P, int64_t kFixedRowStride = 0>
-void multiply(const Left<P>& a, const Right<P>& b, int64_t row_panels, int64_t columns, int64_t steps, typename P::Acc* const* c,
-              bool accumulate) {
+void multiply(const Left<P>& a, const Right<P>& b, int64_t row_panels, int64_t columns, int64_t steps,
+              typename P::Acc* const* c, bool accumulate) {
   if (a.row == 1) {
     multiply_with<P, 1>(a, b, row_panels, columns, steps, c, accumulate);
   } else if (a.row == kFixedRowStride) {
@@ -162,8 +165,9 @@ void multiply(const Left<P>& a, const Right<P>& b, int64_t row_panels, int64_t c
   }
 }
 
-// Packs `count` rows of `features` values, a row being the output's row or column: out[panel][step][width], zero where a row is
-// null, beyond the last row and beyond the last feature. Values are multiplied by `scale` (pairs of bfloat16 are copied).
+// Packs `count` rows of `features` values, a row being the output's row or column: out[panel][step][width], zero where
+// a row is null, beyond the last row and beyond the last feature. Values are multiplied by `scale` (pairs of bfloat16
+// are copied).
 template <class P, class In>
 void pack_outer(const In* const* rows, int64_t count, int64_t features, int width, typename P::Element* out,
                 typename P::Acc scale) {
@@ -191,7 +195,8 @@ void pack_outer(const In* const* rows, int64_t count, int64_t features, int widt
   }
 }
 
-// Packs `count` rows of `features` values, a row being a step of the reduction: out[panel of features][step][kMicroColumns].
+// Packs `count` rows of `features` values, a row being a step of the reduction: out[panel of
+// features][step][kMicroColumns].
 template <class P, class In>
 void pack_inner(const In* const* rows, int64_t count, int64_t features, typename P::Element* out) {
   constexpr int width = kMicroColumns<P>;

@@ -1,7 +1,7 @@
 // The Python module of one SIMD capability: registers the CPU kernels with torch, and says how it was built.
 //
-// The ops' schemas are declared in Python (setemb_kernels/ops/<op>/op.py); here only their CPU implementations. Registration is a
-// function of the module, not a static object, so that Python can refuse a module that does not fit.
+// The ops' schemas are declared in Python (setemb_kernels/ops/<op>/op.py); here only their CPU implementations.
+// Registration is a function of the module, not a static object, so that Python can refuse a module that does not fit.
 #include <pybind11/pybind11.h>
 
 #include <tuple>
@@ -14,17 +14,26 @@ namespace {
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: throw std::invalid_argument("x: expected float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      throw std::invalid_argument("x: expected float32, bfloat16, float16 or float64");
   }
 }
 
 SetBatch batch_of(const Tensor& t, const std::optional<Tensor>& mask) {
   static const double no_features = 0;  // the address of a vector is null only where it is masked
-  return {t.numel() == 0 ? &no_features : t.data_ptr(),  t.size(0), t.size(1), t.stride(0), t.stride(1),
+  return {t.numel() == 0 ? &no_features : t.data_ptr(),
+          t.size(0),
+          t.size(1),
+          t.stride(0),
+          t.stride(1),
           mask.has_value() ? static_cast<const bool*>(mask->data_ptr()) : nullptr};
 }
 
@@ -55,9 +64,9 @@ Tensor smooth_chamfer(const Tensor& x, const Tensor& y, const Tensor& alpha, con
 }
 
 std::tuple<Tensor, Tensor, Tensor> smooth_chamfer_backward_(const Tensor& grad, const Tensor& x, const Tensor& y,
-                                                           const Tensor& alpha, const std::optional<Tensor>& x_mask,
-                                                           const std::optional<Tensor>& y_mask, bool need_x, bool need_y,
-                                                           bool need_alpha) {
+                                                            const Tensor& alpha, const std::optional<Tensor>& x_mask,
+                                                            const std::optional<Tensor>& y_mask, bool need_x,
+                                                            bool need_y, bool need_alpha) {
   const ChamferArguments args(x, y, alpha, x_mask, y_mask);
   const auto gradient = [&](const Tensor& of, bool need) {
     if (!need) return torch::stable::new_empty(of, {0});
@@ -66,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> smooth_chamfer_backward_(const Tensor& grad, 
   Tensor grad_x = gradient(x, need_x), grad_y = gradient(y, need_y), grad_alpha = gradient(alpha, need_alpha);
   if (!args.empty()) {
     double alpha_sum = 0;
-    const ChamferGradients out = {need_x ? grad_x.mutable_data_ptr() : nullptr, need_y ? grad_y.mutable_data_ptr() : nullptr,
-                                  need_alpha ? &alpha_sum : nullptr};
+    const ChamferGradients out = {need_x ? grad_x.mutable_data_ptr() : nullptr,
+                                  need_y ? grad_y.mutable_data_ptr() : nullptr, need_alpha ? &alpha_sum : nullptr};
     smooth_chamfer_backward(dtype_of(x), args.problem, {grad.data_ptr(), grad.stride(0), grad.stride(1)}, out);
     if (need_alpha) torch::stable::fill_(grad_alpha, alpha_sum);
   }
@@ -106,6 +115,7 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(SETEMB_MODULE, m) {
   m.doc() = "Compiled CPU kernels of setemb";
-  m.def("register_ops", &setemb::register_ops, "Register the kernels as the CPU implementation of torch.ops.setemb, once.");
+  m.def("register_ops", &setemb::register_ops,
+        "Register the kernels as the CPU implementation of torch.ops.setemb, once.");
   m.def("build_info", &setemb::build_info, "How this module was built.");
 }

@@ -33,8 +33,8 @@ class Buffer {
 
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 
-// Calls task(i, worker) for every i in [0, count), each once. Workers take the next task when they are done with one, so that a
-// slow core holds nobody up; what a task computes may not depend on its worker.
+// Calls task(i, worker) for every i in [0, count), each once. Workers take the next task when they are done with one,
+// so that a slow core holds nobody up; what a task computes may not depend on its worker.
 template <class F>
 void run_tasks(int64_t count, const F& task) {
   std::atomic<int64_t> next{0};

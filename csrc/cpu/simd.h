@@ -1,7 +1,7 @@
 // Vectors of float and double as wide as the module is compiled for, and the few functions the kernels need on them.
 //
-// They are the compiler's own vector types (GCC, Clang), so that one source serves SSE2, AVX2, AVX-512 and NEON, needs no torch
-// header, and compiles in seconds. at::vec would bring ATen headers, which are outside torch's stable ABI.
+// They are the compiler's own vector types (GCC, Clang), so that one source serves SSE2, AVX2, AVX-512 and NEON, needs
+// no torch header, and compiles in seconds. at::vec would bring ATen headers, which are outside torch's stable ABI.
 #pragma once
 
 #include <cstdint>
@@ -84,7 +84,8 @@ struct Format<double> {
   static constexpr double round_to_integer = 0x1.8p52;
 };
 
-// 2^t for |t| < bias - 1; the caller keeps t in range. Relative error below 1 ulp (float), 2 ulp (double). t = -bias gives 0.
+// 2^t for |t| < bias - 1; the caller keeps t in range. Relative error below 1 ulp (float), 2 ulp (double). t = -bias
+// gives 0.
 template <class T>
 inline Vec<T> exp2_in_range(Vec<T> t) {
   using F = Format<T>;

@@ -2,11 +2,13 @@
 // setemb_kernels/ops/smooth_chamfer/reference.py.
 //
 // Scores are made a tile at a time (gemm.h), and what the similarity does with a tile happens while it is in cache
-// (smooth_chamfer_tile.h). Operands are packed panel-wise, a bounded part at a time (`Budget`), so the working memory does not grow with N, M.
+// (smooth_chamfer_tile.h). Operands are packed panel-wise, a bounded part at a time (`Budget`), so the working memory
+// does not grow with N, M.
 //
-// The backward pass makes each tile again, turns it into the weights w = g ds/dc, and multiplies: dX += w Y at once, by the task that
-// owns those rows of x; dY += w^T X in a second step, by the task that owns those rows of y, from a bounded store of tiles. Every output
-// element is summed by one task in one order: the result does not depend on the number of threads.
+// The backward pass makes each tile again, turns it into the weights w = g ds/dc, and multiplies: dX += w Y at once, by
+// the task that owns those rows of x; dY += w^T X in a second step, by the task that owns those rows of y, from a
+// bounded store of tiles. Every output element is summed by one task in one order: the result does not depend on the
+// number of threads.
 #include "smooth_chamfer.h"
 
 #include <cmath>
@@ -74,14 +76,18 @@ class SmoothChamfer {
     const bool need_x = x_sum != nullptr || x_out != nullptr, need_y = y_sum != nullptr;
     const int64_t x_inner = need_y ? b_.x_inner() : 0, y_inner = need_x ? b_.y_inner() : 0;
     const int64_t tiles = std::max<int64_t>(1, Budget::tiles() / (tile_elements() * static_cast<int64_t>(sizeof(E))));
-    const int64_t y_part = std::min<int64_t>({Packed<P>::fitting(b_.y_count, Budget::y(), b_.y_outer() + y_inner), 4, tiles});
-    const int64_t x_part = std::min(Packed<P>::fitting(b_.x_count, Budget::x(), b_.x_outer() + x_inner), tiles / y_part);
+    const int64_t y_part =
+        std::min<int64_t>({Packed<P>::fitting(b_.y_count, Budget::y(), b_.y_outer() + y_inner), 4, tiles});
+    const int64_t x_part =
+        std::min(Packed<P>::fitting(b_.x_count, Budget::x(), b_.x_outer() + x_inner), tiles / y_part);
     Packed<P> xs(x_part, b_.x_outer(), x_inner, 0), ys(y_part, b_.y_outer(), y_inner, b_.L * b_.y_sets);
     Buffer<E> store(need_y ? x_part * y_part * tile_elements() : 0);
     Buffer<T> part_sum(x_out != nullptr ? x_part * b_.x_sets * b_.K * b_.D : 0);
     std::vector<double> entropy(alpha != nullptr ? b_.x_count : 0, 0.0);
     for_each_part(xs, b_.x_count, x_part, [&] {
-      T* const sum = x_out != nullptr ? part_sum.get() : x_sum == nullptr ? nullptr : x_sum + xs.first * b_.x_sets * b_.K * b_.D;
+      T* const sum = x_out != nullptr   ? part_sum.get()
+                     : x_sum == nullptr ? nullptr
+                                        : x_sum + xs.first * b_.x_sets * b_.K * b_.D;
       for_each_part(ys, b_.y_count, y_part, [&] {
         pack(xs, ys);
         const auto tile_of = [&](int64_t x, int64_t y) {
@@ -123,7 +129,8 @@ class SmoothChamfer {
     run_tasks(div_up(N, 16), [&](int64_t task, int64_t) {
       for (int64_t n = task * 16; n < std::min(N, task * 16 + 16); ++n) {
         const In* g = static_cast<const In*>(grad.data) + n * grad.row_stride;
-        for (int64_t m = 0; m < M; ++m) largest[n] = std::max<double>(largest[n], std::abs(to_float(g[m * grad.column_stride])));
+        for (int64_t m = 0; m < M; ++m)
+          largest[n] = std::max<double>(largest[n], std::abs(to_float(g[m * grad.column_stride])));
       }
     });
     const double g = *std::max_element(largest.begin(), largest.end());
@@ -184,11 +191,12 @@ class SmoothChamfer {
   }
 
   // The scores of block x with block y into `scores`, and the tile that describes them.
-  ChamferTile<T> score_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, Scratch<P>& s, T* scores) const {
+  ChamferTile<T> score_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, Scratch<P>& s,
+                            T* scores) const {
     const int64_t sets = x_sets_in(x), panels = div_up(sets * b_.K, kMicroRows);
     for (int64_t r = 0; r < panels * kMicroRows; ++r) s.rows[r] = scores + r * b_.ld;
-    multiply<P>({xs.outer(x), kMicroRows * b_.steps(), 1, kMicroRows}, {ys.outer(y), kMicroColumns<P> * b_.steps()}, panels,
-                b_.columns, b_.steps(), s.rows.data(), false);
+    multiply<P>({xs.outer(x), kMicroRows * b_.steps(), 1, kMicroRows}, {ys.outer(y), kMicroColumns<P> * b_.steps()},
+                panels, b_.columns, b_.steps(), s.rows.data(), false);
     const double largest = Format<T>::largest;
     return {scores,
             b_.ld,
@@ -213,7 +221,8 @@ class SmoothChamfer {
     const int64_t M = y_.batch.sets, first = y * b_.y_sets, width = std::min(b_.y_sets, M - first);
     T* const line = s.line.get();
     // 2^exponent_ may not be a number of T, its halves are
-    const T low = static_cast<T>(std::ldexp(1.0, exponent_ / 2)), high = static_cast<T>(std::ldexp(1.0, exponent_ - exponent_ / 2));
+    const T low = static_cast<T>(std::ldexp(1.0, exponent_ / 2)),
+            high = static_cast<T>(std::ldexp(1.0, exponent_ - exponent_ / 2));
     for (int64_t n = 0; n < tile.sets; ++n) {
       epilogue.similarity(n, line);
       In* const row = out + (x * b_.x_sets + n) * M + first;
@@ -222,8 +231,8 @@ class SmoothChamfer {
   }
 
   // Makes the weights of one tile: in s.tile, and where dY needs them in `kept`, as add_to_y reads them.
-  void weights_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, StridedMatrix grad, int shrink, Scratch<P>& s,
-                    E* kept, double* entropy) const {
+  void weights_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, StridedMatrix grad, int shrink,
+                    Scratch<P>& s, E* kept, double* entropy) const {
     T* scores = s.tile.get();
     if constexpr (P::group == 1) scores = kept != nullptr ? kept : scores;
     const ChamferTile<T> tile = score_tile(xs, x, ys, y, s, scores);
@@ -234,12 +243,15 @@ class SmoothChamfer {
     double sum = 0;
     std::fill_n(line, b_.y_sets, T(0));
     for (int64_t n = 0; n < tile.sets; ++n) {
-      const In* g = static_cast<const In*>(grad.data) + (x * b_.x_sets + n) * grad.row_stride + first * grad.column_stride;
+      const In* g =
+          static_cast<const In*>(grad.data) + (x * b_.x_sets + n) * grad.row_stride + first * grad.column_stride;
       for (int64_t m = 0; m < width; ++m) line[m] = to_float(g[m * grad.column_stride]) * scale;
-      entropy != nullptr ? epilogue.template weights<true>(n, line, sum) : epilogue.template weights<false>(n, line, sum);
+      entropy != nullptr ? epilogue.template weights<true>(n, line, sum)
+                         : epilogue.template weights<false>(n, line, sum);
     }
     if (entropy != nullptr) *entropy += sum;
-    if constexpr (P::group == 2) P::round_tile(scores, div_up(tile.sets * b_.K, kMicroRows) * kMicroRows, b_.columns, b_.ld, s.pairs.get(), kept);
+    if constexpr (P::group == 2)
+      P::round_tile(scores, div_up(tile.sets * b_.K, kMicroRows) * kMicroRows, b_.columns, b_.ld, s.pairs.get(), kept);
   }
 
   // dX of block x += weights * Y. The weights of a tile are read as they lie.
@@ -253,13 +265,13 @@ class SmoothChamfer {
       weights = s.pairs.get();
     }
     multiply<P, kTileStride / P::group>({weights, kMicroRows * stride, stride, 1},
-                                        {ys.inner(y), kMicroColumns<P> * b_.column_steps()}, panels, b_.D, b_.column_steps(),
-                                        s.rows.data(), y > 0);
+                                        {ys.inner(y), kMicroColumns<P> * b_.column_steps()}, panels, b_.D,
+                                        b_.column_steps(), s.rows.data(), y > 0);
   }
 
   // dY of block y += weights^T * X, for `panels` panels of features from `panel` on.
-  void add_to_y(const Packed<P>& xs, int64_t x, int64_t y, const E* weights, int64_t panel, int64_t panels, Scratch<P>& s,
-                T* sum) const {
+  void add_to_y(const Packed<P>& xs, int64_t x, int64_t y, const E* weights, int64_t panel, int64_t panels,
+                Scratch<P>& s, T* sum) const {
     const int64_t M = y_.batch.sets, count = b_.L * b_.y_sets, begin = panel * kMicroColumns<P>;
     const int64_t end = std::min(b_.D, (panel + panels) * kMicroColumns<P>), rows = x_sets_in(x) * b_.K;
     for (int64_t j = 0; j < round_up(count, kMicroRows); ++j) {
@@ -267,16 +279,18 @@ class SmoothChamfer {
       s.rows[j] = j < count && m < M ? sum + (m * b_.L + l) * b_.D + begin : s.idle_row.get();
     }
     const int64_t steps = div_up(rows, P::group), panel_size = kMicroColumns<P> * steps;
-    multiply<P>({weights, kMicroRows, 1, b_.ld}, {xs.inner(x) + panel * panel_size, panel_size}, div_up(count, kMicroRows),
-                end - begin, steps, s.rows.data(), x > 0);
+    multiply<P>({weights, kMicroRows, 1, b_.ld}, {xs.inner(x) + panel * panel_size, panel_size},
+                div_up(count, kMicroRows), end - begin, steps, s.rows.data(), x > 0);
   }
 
  public:
   static void convert(const T* sum, In* out, int64_t count, int shrink) {
-    const T low = static_cast<T>(std::ldexp(1.0, shrink / 2)), high = static_cast<T>(std::ldexp(1.0, shrink - shrink / 2));
+    const T low = static_cast<T>(std::ldexp(1.0, shrink / 2)),
+            high = static_cast<T>(std::ldexp(1.0, shrink - shrink / 2));
     constexpr int64_t piece = 1 << 16;
     run_tasks(div_up(count, piece), [&](int64_t task, int64_t) {
-      for (int64_t i = task * piece; i < std::min(count, (task + 1) * piece); ++i) out[i] = saturate<In>(sum[i] * low * high);
+      for (int64_t i = task * piece; i < std::min(count, (task + 1) * piece); ++i)
+        out[i] = saturate<In>(sum[i] * low * high);
     });
   }
 
@@ -317,8 +331,8 @@ void backward_as(ChamferProblem problem, StridedMatrix grad, ChamferGradients ou
   const int64_t x_size = problem.x.sets * problem.x.vectors * problem.features;
   const int64_t y_size = problem.y.sets * problem.y.vectors * problem.features;
   if (!direct && out.y != nullptr && y_size * static_cast<int64_t>(sizeof(T)) > kSumBytes) {
-    // The sums of dX are kept for a part at a time, those of dY are not. The similarity is symmetric: dY is the dX of the swapped
-    // problem, at the price of making the scores twice.
+    // The sums of dX are kept for a part at a time, those of dY are not. The similarity is symmetric: dY is the dX of
+    // the swapped problem, at the price of making the scores twice.
     std::swap(problem.x, problem.y);
     std::swap(grad.row_stride, grad.column_stride);
     const ChamferGradients y_alone = {out.y, nullptr, nullptr};
@@ -349,10 +363,14 @@ void backward_as(ChamferProblem problem, StridedMatrix grad, ChamferGradients ou
 template <class F>
 void with_type(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kFloat64: return f(double{});
-    case DType::kBFloat16: return f(bfloat16_t{});
-    case DType::kFloat16: return f(float16_t{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(bfloat16_t{});
+    case DType::kFloat16:
+      return f(float16_t{});
   }
 }
 
@@ -365,7 +383,8 @@ void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* ou
   });
 }
 
-void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad, const ChamferGradients& out) {
+void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad,
+                             const ChamferGradients& out) {
   with_type(dtype, [&](auto zero) { backward_as<decltype(zero)>(problem, grad, out); });
 }
 

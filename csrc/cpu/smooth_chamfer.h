@@ -25,7 +25,8 @@ struct StridedMatrix {
   int64_t row_stride, column_stride;
 };
 
-// What the backward pass writes: contiguous [N, K, D] and [M, L, D], or null where not needed. alpha is ds/dalpha summed with g.
+// What the backward pass writes: contiguous [N, K, D] and [M, L, D], or null where not needed. alpha is ds/dalpha
+// summed with g.
 struct ChamferGradients {
   void* x;
   void* y;
@@ -36,6 +37,7 @@ enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // out is contiguous [N, M].
 void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out);
-void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad, const ChamferGradients& out);
+void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad,
+                             const ChamferGradients& out);
 
 }  // namespace setemb

@@ -1,5 +1,5 @@
-// How smooth_chamfer.cpp cuts a problem into blocks that fit the caches: what is known of the sets, the sizes of blocks and tiles,
-// packed parts of either side, and what a thread works in.
+// How smooth_chamfer.cpp cuts a problem into blocks that fit the caches: what is known of the sets, the sizes of blocks
+// and tiles, packed parts of either side, and what a thread works in.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 
 namespace setemb {
 
-// Row stride of a tile wherever its columns fit: not a power of two, so that a column of it does not share one cache set.
+// Row stride of a tile wherever its columns fit: not a power of two, so that a column of it does not share one cache
+// set.
 constexpr int64_t kTileStride = 528;
 constexpr int64_t kTileRows = 96;
 
@@ -116,7 +117,8 @@ struct Blocks {
     // whole sets in as many rows as leave the least of the last micro-tile empty
     x_sets = 1;
     double best = 0;
-    for (int64_t sets = std::max<int64_t>(1, kTileRows * 2 / 3 / K); sets <= std::max<int64_t>(1, kTileRows * 4 / 3 / K); ++sets) {
+    for (int64_t sets = std::max<int64_t>(1, kTileRows * 2 / 3 / K);
+         sets <= std::max<int64_t>(1, kTileRows * 4 / 3 / K); ++sets) {
       const double use = static_cast<double>(sets * K) / static_cast<double>(round_up(sets * K, kMicroRows));
       if (use > best) best = use, x_sets = sets;
     }
@@ -130,13 +132,15 @@ struct Blocks {
     ld = columns <= kTileStride ? kTileStride : columns + 16;
   }
 
-  int64_t steps() const { return div_up(D, P::group); }               // of the product over features
+  int64_t steps() const { return div_up(D, P::group); }  // of the product over features
   int64_t feature_panels() const { return div_up(D, kMicroColumns<P>); }
   int64_t row_steps() const { return div_up(x_sets * K, P::group); }  // of the product over rows of a tile
   int64_t column_steps() const { return div_up(L * y_sets, P::group); }
   int64_t x_outer() const { return rows * steps(); }  // elements of a packed block, for the product over features
   int64_t y_outer() const { return columns * steps(); }
-  int64_t x_inner() const { return feature_panels() * row_steps() * kMicroColumns<P>; }  // for the product that makes dY
+  int64_t x_inner() const {
+    return feature_panels() * row_steps() * kMicroColumns<P>;
+  }  // for the product that makes dY
   int64_t y_inner() const { return feature_panels() * column_steps() * kMicroColumns<P>; }
 
  private:
@@ -146,7 +150,8 @@ struct Blocks {
   }
 };
 
-// A part of one side, packed: blocks [first, last). `outer` is for the product over features, `inner` for the one that makes a gradient.
+// A part of one side, packed: blocks [first, last). `outer` is for the product over features, `inner` for the one that
+// makes a gradient.
 template <class P>
 class Packed {
   using E = typename P::Element;
@@ -175,7 +180,9 @@ class Packed {
   int64_t size() const { return last - first; }
   E* outer(int64_t block) const { return outer_.get() + (block - first) * outer_size_; }
   E* inner(int64_t block) const { return inner_size_ == 0 ? nullptr : inner_.get() + (block - first) * inner_size_; }
-  typename P::Acc* valid(int64_t block) const { return valid_.get() + (block - first) * valid_size_; }  // y: 1 or 0 a column
+  typename P::Acc* valid(int64_t block) const {
+    return valid_.get() + (block - first) * valid_size_;
+  }  // y: 1 or 0 a column
 
   int64_t first = 0, last = 0;
   bool stale = true;  // the selected blocks are not packed yet

@@ -1,12 +1,12 @@
 // What smooth-Chamfer does with one tile of scores while it is in cache: sums, logarithms and weights, in place.
 //
-// A tile holds the scores of a block of sets of x with a block of sets of y. Rows are set-major (n, k); columns are slot-major
-// (l, m), so that one vector holds one slot of neighbouring sets m. Sums over l add vectors, sums over k add rows, and no lane
-// ever needs its neighbour, for any K and L.
+// A tile holds the scores of a block of sets of x with a block of sets of y. Rows are set-major (n, k); columns are
+// slot-major (l, m), so that one vector holds one slot of neighbouring sets m. Sums over l add vectors, sums over k add
+// rows, and no lane ever needs its neighbour, for any K and L.
 //
-// Two ways to the same numbers. Where |alpha c| <= kSharedShiftLimit for every pair of the tile (Cauchy-Schwarz), exp(alpha c)
-// can neither overflow nor underflow: one exponential an element serves the sums of both directions, unshifted. Else each row and
-// each column of a pair is shifted by its own maximum.
+// Two ways to the same numbers. Where |alpha c| <= kSharedShiftLimit for every pair of the tile (Cauchy-Schwarz),
+// exp(alpha c) can neither overflow nor underflow: one exponential an element serves the sums of both directions,
+// unshifted. Else each row and each column of a pair is shifted by its own maximum.
 #pragma once
 
 #include <cmath>
@@ -19,20 +19,20 @@ inline constexpr double kSharedShiftLimit = 40;
 
 template <class T>
 struct ChamferTile {
-  T* scores;       // [sets * K][ld], becomes the weights in the backward pass
-  int64_t ld;      // elements from row to row
-  int64_t sets;    // of x in this tile
-  int64_t K, L;    // vectors a set
-  int64_t width;   // sets of y, a multiple of the lanes: slot l of set m is column l * width + m
+  T* scores;      // [sets * K][ld], becomes the weights in the backward pass
+  int64_t ld;     // elements from row to row
+  int64_t sets;   // of x in this tile
+  int64_t K, L;   // vectors a set
+  int64_t width;  // sets of y, a multiple of the lanes: slot l of set m is column l * width + m
   bool shared_shift;
-  bool masked;            // any mask on either side
-  const bool* x_mask;     // [sets * K] or null
-  const T* y_valid;       // [L * width], 1 or 0; read only where masked
-  const T* x_weight;      // [sets]   1 / (2 |X|), 0 for an empty set
-  const T* y_weight;      // [width]
-  T alpha;                // of these scores (see `exponent` in smooth_chamfer.cpp)
+  bool masked;         // any mask on either side
+  const bool* x_mask;  // [sets * K] or null
+  const T* y_valid;    // [L * width], 1 or 0; read only where masked
+  const T* x_weight;   // [sets]   1 / (2 |X|), 0 for an empty set
+  const T* y_weight;   // [width]
+  T alpha;             // of these scores (see `exponent` in smooth_chamfer.cpp)
   T inverse_alpha;
-  Vec<T>* scratch;        // 4 (K + L) vectors
+  Vec<T>* scratch;  // 4 (K + L) vectors
 };
 
 template <class T>
@@ -42,11 +42,13 @@ class ChamferEpilogue {
   static constexpr T log2_e = T(1.4426950408889634), ln_2 = T(0.6931471805599453);
 
   const ChamferTile<T>& t_;
-  V *row_sum_, *row_max_, *row_dot_, *row_scale_;      // [K]
+  V *row_sum_, *row_max_, *row_dot_, *row_scale_;              // [K]
   V *column_sum_, *column_max_, *column_dot_, *column_scale_;  // [L]
   T sharpness_;
 
-  T* at(int64_t n, int64_t k, int64_t l, int64_t m) const { return t_.scores + (n * t_.K + k) * t_.ld + l * t_.width + m; }
+  T* at(int64_t n, int64_t k, int64_t l, int64_t m) const {
+    return t_.scores + (n * t_.K + k) * t_.ld + l * t_.width + m;
+  }
   bool row_valid(int64_t n, int64_t k) const { return t_.x_mask == nullptr || t_.x_mask[n * t_.K + k]; }
   V column_valid(int64_t l, int64_t m) const { return load(t_.y_valid + l * t_.width + m); }
 
@@ -65,7 +67,8 @@ class ChamferEpilogue {
 
   // out[m] for m in [0, width): the similarity of set n of the tile, times 2^-exponent.
   void similarity(int64_t n, T* out) {
-    for (int64_t m = 0; m < t_.width; m += lanes) store(out + m, t_.masked ? similarity<true>(n, m) : similarity<false>(n, m));
+    for (int64_t m = 0; m < t_.width; m += lanes)
+      store(out + m, t_.masked ? similarity<true>(n, m) : similarity<false>(n, m));
   }
 
   // Replaces the scores of set n by the weights g ds/dc, zero for vectors that are not valid. Where kAlpha, adds
@@ -153,15 +156,16 @@ class ChamferEpilogue {
     return entropy;
   }
 
-  // Entropy of a softmax from the sum of its exponentials and of exponential times base-2 logarithm. 0 for (1, 0): nothing to sum.
+  // Entropy of a softmax from the sum of its exponentials and of exponential times base-2 logarithm. 0 for (1, 0):
+  // nothing to sum.
   static V softmax_entropy(V sum, V dot) {
     LogProduct<T> one;
     one.multiply(sum);
     return (one.log2() - dot / sum) * ln_2;
   }
 
-  // Sums of exp(alpha c) over rows and columns; 1 where there is nothing to sum. Where kStore the exponentials replace the scores.
-  // Where kAlpha the sums of z exp(z) are made too, z the base-2 logarithm of the exponential.
+  // Sums of exp(alpha c) over rows and columns; 1 where there is nothing to sum. Where kStore the exponentials replace
+  // the scores. Where kAlpha the sums of z exp(z) are made too, z the base-2 logarithm of the exponential.
   template <bool kMasked, bool kStore, bool kAlpha>
   void shared_sums(int64_t n, int64_t m) {
     for (int64_t l = 0; l < t_.L; ++l) column_sum_[l] = column_dot_[l] = V{};
@@ -214,8 +218,8 @@ class ChamferEpilogue {
     if (kMasked) replace_empty_sums(n);
   }
 
-  // alpha (c - shift) in base 2. Never positive for valid scores; what is not valid is multiplied by 0 later and must be finite.
-  // Below the normal numbers it is cut to where exp2_in_range gives 0.
+  // alpha (c - shift) in base 2. Never positive for valid scores; what is not valid is multiplied by 0 later and must
+  // be finite. Below the normal numbers it is cut to where exp2_in_range gives 0.
   V log2_shifted(V c, V shift) const {
     return at_most<T>(at_least<T>((c - shift) * sharpness_, splat<T>(-Format<T>::bias)), V{});
   }
@@ -227,8 +231,8 @@ class ChamferEpilogue {
     for (int64_t l = 0; l < t_.L; ++l) column_sum_[l] = column_sum_[l] == 0 ? splat<T>(1) : column_sum_[l];
   }
 
-  // The maximum of each row and column of valid scores, 0 where there is none. Returns their weighted sum, which is NaN where any
-  // score is.
+  // The maximum of each row and column of valid scores, 0 where there is none. Returns their weighted sum, which is NaN
+  // where any score is.
   template <bool kMasked>
   V shifts(int64_t n, int64_t m) {
     const V lowest = splat<T>(-Format<T>::largest);

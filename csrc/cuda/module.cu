@@ -1,5 +1,5 @@
-// The Python module of the CUDA kernels: says how it was built. No op has a CUDA C++ kernel yet (Triton serves CUDA devices); the
-// kernels that come register themselves here as csrc/cpu/module.cpp does.
+// The Python module of the CUDA kernels: says how it was built. No op has a CUDA C++ kernel yet (Triton serves CUDA
+// devices); the kernels that come register themselves here as csrc/cpu/module.cpp does.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 

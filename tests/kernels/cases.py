@@ -68,7 +68,9 @@ class Case:
         if self.poison:
             for v, mask in ((x, x_mask), (y, y_mask)):
                 if mask is not None:
-                    v[~mask] = torch.tensor([float("nan"), float("inf"), -float("inf")])[torch.arange(self.D) % 3].double()
+                    v[~mask] = torch.tensor([float("nan"), float("inf"), -float("inf")])[
+                        torch.arange(self.D) % 3
+                    ].double()
         grad = torch.randn(self.N, self.M, generator=generator, dtype=torch.float64)
         x, y, grad = (_lay_out(v.to(device, dtype), self.layout) for v in (x, y, grad))
         return Inputs(
@@ -140,7 +142,9 @@ CASES = [
     Case("empty sets, Gaussian", 21, 50, 4, 6, 40, x_mask="some empty", y_mask="some empty", unit=False),
     Case("all masked", 5, 9, 3, 2, 16, x_mask="all", y_mask="random"),
     Case("masked NaN and inf", 21, 50, 4, 6, 40, x_mask="some empty", y_mask="some empty", poison=True),
-    Case("masked NaN and inf, Gaussian", 21, 50, 4, 6, 40, x_mask="random", y_mask="some empty", poison=True, unit=False),
+    Case(
+        "masked NaN and inf, Gaussian", 21, 50, 4, 6, 40, x_mask="random", y_mask="some empty", poison=True, unit=False
+    ),
     Case("transposed", 12, 35, 4, 5, 64, layout="transposed"),
     Case("expanded", 12, 35, 4, 5, 64, layout="expanded"),
     Case("sliced", 12, 35, 4, 5, 64, layout="sliced"),
@@ -189,7 +193,8 @@ def eager(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _eager_in_another_order(i: Inputs, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`eager` with sets and features permuted: no order of summation is the right one, and in float64 the judge has one too."""
+    """`eager` with sets and features permuted: no order of summation is the right one, and in float64 the judge has
+    one too."""
     generator = torch.Generator().manual_seed(seed)
     n, m, d = (torch.randperm(size, generator=generator).to(i.x.device) for size in (*i.grad.shape, i.x.shape[2]))
     masks = [None if mask is None else mask[order] for mask, order in ((i.x_mask, n), (i.y_mask, m))]
@@ -223,7 +228,7 @@ def check(run: Run, case: Case, dtype: torch.dtype, device: str = "cpu", seed: i
     terms = reference_results(_double(inputs)._replace(grad=inputs.grad.double().abs()))[3].abs().item()
     in_eager = [_eager_in_another_order(inputs, order) for order in range(3)]
     names = ("similarity", "x.grad", "y.grad", "alpha.grad")
-    for name, got, truth, ours, *plain in zip(names, results, judge, in_reference, *in_eager):
+    for name, got, truth, ours, *plain in zip(names, results, judge, in_reference, *in_eager, strict=True):
         where = f"{case.name}, {dtype}, {name}"
         assert got.shape == truth.shape, where
         if not got.numel():
@@ -239,7 +244,9 @@ def check(run: Run, case: Case, dtype: torch.dtype, device: str = "cpu", seed: i
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         bound = 2 * (plain_error + rounding) + smallest
         if name == "alpha.grad":
-            # A sum over all pairs that may cancel. Its terms have one sign for an upstream gradient of one sign; the judge
-            # itself rounds each of them in float64.
+            # A sum over all pairs that may cancel. Its terms have one sign for an upstream gradient of one sign; the
+            # judge itself rounds each of them in float64.
             bound += 2 * torch.finfo(torch.float64).eps * terms
-        assert error <= bound, f"{where}: error {error:.3g} > {bound:.3g} (eager {plain_error:.3g}, rounding {rounding:.3g})"
+        assert error <= bound, (
+            f"{where}: error {error:.3g} > {bound:.3g} (eager {plain_error:.3g}, rounding {rounding:.3g})"
+        )

@@ -1,4 +1,4 @@
-"""What smooth_chamfer promises beside its numbers: gradients, tracing, autocast, errors, bounded memory, the published results."""
+"""What smooth_chamfer promises beside its numbers: tracing, autocast, errors, bounded memory, published results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,23 @@ PUBLISHED = np.load(Path(__file__).parent.parent / "data" / "published_similarit
 
 
 def sets(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def masked_arguments() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x_mask = torch.tensor([[True, True], [False, False], [True, False]])
     y_mask = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) < 0.7
-    return sets(3, 2, 5), sets(4, 3, 5, seed=1), torch.tensor(2.0, dtype=torch.float64, requires_grad=True), x_mask, y_mask
+    return (
+        sets(3, 2, 5),
+        sets(4, 3, 5, seed=1),
+        torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
+        x_mask,
+        y_mask,
+    )
 
 
 def test_gradcheck() -> None:
@@ -34,14 +44,19 @@ def test_gradcheck() -> None:
     )
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_that_are_not_needed_change_nothing(needed: tuple[bool, ...], dtype: torch.dtype) -> None:
-    full = [v.detach().to(dtype if v.dim() else v.dtype).requires_grad_() for v in (sets(9, 4, 40), sets(30, 3, 40, seed=1), torch.tensor(3.0))]
-    some = [v.detach().requires_grad_(need) for v, need in zip(full, needed)]
+    full = [
+        v.detach().to(dtype if v.dim() else v.dtype).requires_grad_()
+        for v in (sets(9, 4, 40), sets(30, 3, 40, seed=1), torch.tensor(3.0))
+    ]
+    some = [v.detach().requires_grad_(need) for v, need in zip(full, needed, strict=True)]
     for x, y, alpha in (full, some):
         smooth_chamfer(x, y, alpha=alpha).float().square().sum().backward()
-    for a, b, need in zip(full, some, needed):
+    for a, b, need in zip(full, some, needed, strict=True):
         assert b.grad is None if not need else torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
 
@@ -84,7 +99,9 @@ def test_compile_full_graph_and_dynamic() -> None:
 
 
 def test_compile_with_a_number_for_alpha() -> None:
-    compiled = torch.compile(lambda x, y, a: smooth_chamfer(x, y, alpha=a), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, y, a: smooth_chamfer(x, y, alpha=a), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     x, y = sets(3, 2, 8), sets(4, 2, 8, seed=1)
     for alpha in (16.0, 4.0, 1.5):
         torch.testing.assert_close(compiled(x, y, alpha), smooth_chamfer(x, y, alpha=alpha))
@@ -114,16 +131,28 @@ ERRORS = {
     "x of integers": (TypeError, "x: expected float32.*got int64", {"x": torch.ones(3, 2, 5, dtype=torch.int64)}),
     "features differ": (ValueError, "y: expected 5 features as in x, got 6", {"y": torch.ones(4, 3, 6)}),
     "dtypes differ": (TypeError, "y: expected float32 as in x, got float64", {"y": torch.ones(4, 3, 5).double()}),
-    "devices differ": (ValueError, "y: expected device cpu as of x, got meta", {"y": torch.ones(4, 3, 5, device="meta")}),
+    "devices differ": (
+        ValueError,
+        "y: expected device cpu as of x, got meta",
+        {"y": torch.ones(4, 3, 5, device="meta")},
+    ),
     "mask of floats": (TypeError, "x_mask: expected bool", {"x_mask": torch.ones(3, 2)}),
-    "mask of a wrong shape": (ValueError, r"y_mask: expected shape \[4, 3\] as of y, got \[3, 4\]", {"y_mask": torch.ones(3, 4).bool()}),
+    "mask of a wrong shape": (
+        ValueError,
+        r"y_mask: expected shape \[4, 3\] as of y, got \[3, 4\]",
+        {"y_mask": torch.ones(3, 4).bool()},
+    ),
     "mask no tensor": (TypeError, "x_mask: expected a boolean", {"x_mask": True}),
     "mask elsewhere": (ValueError, "x_mask: expected device cpu", {"x_mask": torch.ones(3, 2, device="meta").bool()}),
     "alpha 0": (ValueError, "alpha: expected a finite number > 0, got 0", {"alpha": 0}),
     "alpha negative": (ValueError, "alpha: expected a finite number > 0, got -1", {"alpha": -1.0}),
     "alpha NaN": (ValueError, "alpha: expected a finite number > 0, got nan", {"alpha": float("nan")}),
     "alpha infinite": (ValueError, "alpha: expected a finite number > 0, got inf", {"alpha": float("inf")}),
-    "alpha a bad tensor": (ValueError, "alpha: expected a finite number > 0, got nan", {"alpha": torch.tensor(float("nan"))}),
+    "alpha a bad tensor": (
+        ValueError,
+        "alpha: expected a finite number > 0, got nan",
+        {"alpha": torch.tensor(float("nan"))},
+    ),
     "alpha a string": (TypeError, "alpha: expected a number", {"alpha": "16"}),
     "alpha a vector": (ValueError, "alpha: expected a number or a tensor of 0 dimensions", {"alpha": torch.ones(1)}),
     "alpha of integers": (TypeError, "alpha: expected a floating dtype", {"alpha": torch.tensor(16)}),
@@ -141,13 +170,19 @@ def test_errors_name_argument_got_and_expected(name: str) -> None:
 @pytest.mark.parametrize("group", ["base", "k1", "t64", "collapsed", "batch"])
 def test_published_numbers(group: str) -> None:
     """Similarity and gradients as the published code computes them, in float64."""
-    data = {key.split("/")[1]: torch.from_numpy(PUBLISHED[key]) for key in PUBLISHED.files if key.startswith(group + "/")}
+    data = {
+        key.split("/")[1]: torch.from_numpy(PUBLISHED[key]) for key in PUBLISHED.files if key.startswith(group + "/")
+    }
     K, L = data["vectors"].tolist()
     x = data["img"].unflatten(0, (-1, K)).requires_grad_()
     y = data["txt"].unflatten(0, (-1, L)).requires_grad_()
     s = smooth_chamfer(x, y, alpha=data["alpha"].item())
     (s * data["W"]).sum().backward()
-    for got, expected in ((s, data["sim"]), (x.grad.flatten(0, 1), data["grad_img"]), (y.grad.flatten(0, 1), data["grad_txt"])):  # type: ignore[union-attr]
+    for got, expected in (
+        (s, data["sim"]),
+        (x.grad.flatten(0, 1), data["grad_img"]),
+        (y.grad.flatten(0, 1), data["grad_txt"]),
+    ):  # type: ignore[union-attr]
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -199,7 +234,7 @@ def test_result_does_not_depend_on_threads() -> None:
         results.append((s.detach(), x.grad, y.grad))
     torch.set_num_threads(threads)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))  # type: ignore[arg-type]
 
 
 MEMORY = """

@@ -1,4 +1,4 @@
-"""smooth_chamfer on the CPU: every case of the table, in every dtype, for the op as served here and for the reference."""
+"""smooth_chamfer on the CPU: every case of the table in every dtype, for the op as served and for the reference."""
 
 from __future__ import annotations
 

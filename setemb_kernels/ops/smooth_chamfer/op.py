@@ -1,7 +1,7 @@
-"""Smooth-Chamfer similarity of all pairs of two batches of sets: the public function and everything torch needs of an op.
+"""Smooth-Chamfer similarity of all pairs of two batches of sets: the public function and all that torch needs.
 
-To add an op, read this file from top to bottom and write its sibling: schema, implementations by device, fake, autograd,
-autocast. The maths is in `reference`, the kernels in ``csrc/cpu/smooth_chamfer.cpp`` and `triton`.
+To add an op, read this file from top to bottom and write its sibling: schema, implementations by device, fake,
+autograd, autocast. The maths is in `reference`, the kernels in ``csrc/cpu/smooth_chamfer.cpp`` and `triton`.
 """
 
 from __future__ import annotations
@@ -37,24 +37,28 @@ def smooth_chamfer(
         s(X, Y) = \frac{1}{2 \alpha |X|} \sum_k \log \sum_l e^{\alpha c_{kl}}
                 + \frac{1}{2 \alpha |Y|} \sum_l \log \sum_k e^{\alpha c_{kl}}
 
-    It is log-*sum*-exp, not mean: for unit vectors s lies in ``[-1, 1 + log(max(K, L)) / alpha]``. ``alpha -> inf`` gives the
-    Chamfer similarity (mean of maxima, both ways); ``K = L = 1`` gives the dot product. Vectors need not be normalised.
+    It is log-*sum*-exp, not mean: for unit vectors s lies in ``[-1, 1 + log(max(K, L)) / alpha]``. ``alpha -> inf``
+    gives the Chamfer similarity (mean of maxima, both ways); ``K = L = 1`` gives the dot product. Vectors need not be
+    normalised.
 
-    Nothing of size ``N M K L`` is stored, in the forward or in the backward pass. The result is finite for finite input: what
-    would overflow saturates at the largest finite value. A NaN reaches only the pairs of the set that holds it.
+    Nothing of size ``N M K L`` is stored, in the forward or in the backward pass. The result is finite for finite
+    input: what would overflow saturates at the largest finite value. A NaN reaches only the pairs of the set that
+    holds it.
 
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
         y: ``[M, L, D]`` of the same dtype and device; K and L may differ.
         alpha: sharpness, a finite number > 0, or a 0-dim tensor (CPU or the device of x) that may require a gradient.
-            On a GPU the value of a tensor that lives there is not checked (that would wait for the device); one that is not
-            positive gives meaningless numbers.
-        x_mask: bool ``[N, K]``, True = valid. A vector that is not valid does not exist, whatever it holds, and gets gradient 0.
+            On a GPU the value of a tensor that lives there is not checked (that would wait for the device); one that
+            is not positive gives meaningless numbers.
+        x_mask: bool ``[N, K]``, True = valid. A vector that is not valid does not exist, whatever it holds, and gets
+            gradient 0.
         y_mask: bool ``[M, L]``, likewise.
 
     Returns:
-        ``[N, M]`` in the dtype of x; 16-bit types are accumulated in float32. A pair in which one set has no valid vector has
-        similarity 0 and passes no gradient. Gradients flow to x, y and alpha, once: a second derivative raises.
+        ``[N, M]`` in the dtype of x; 16-bit types are accumulated in float32. A pair in which one set has no valid
+        vector has similarity 0 and passes no gradient. Gradients flow to x, y and alpha, once: a second derivative
+        raises.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -79,7 +83,7 @@ define(
 )
 
 
-# --- implementations: csrc registers itself for CPU when it is loaded; Triton serves CUDA; the reference serves the rest
+# --- implementations: csrc registers itself for the CPU when it is loaded; Triton serves CUDA; the reference all else
 
 
 def _triton() -> ModuleType:
@@ -110,9 +114,7 @@ def _backward(
     need_y: bool,
     need_alpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return BACKENDS.implementation(x, reference).backward(
-        grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha
-    )
+    return BACKENDS.implementation(x, reference).backward(grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha)
 
 
 # --- shapes for tracing

@@ -7,12 +7,12 @@ The backward, in words. With ``c_kl`` the dot products of one pair of sets, ``p_
     dX_n       = sum over m of g_nm w Y_m,      dY_m = sum over n of g_nm w^T X_n
     ds/dalpha  = -( 1/(2 |X|) sum_k H(p_k) + 1/(2 |Y|) sum_l H(q_l) ) / alpha^2
 
-where H is the entropy: ``log sum_l exp(alpha c) = H(p) + alpha sum_l p c``, so the derivative of
-``log(sum exp(alpha c)) / alpha`` is ``(sum p c - log(sum exp(alpha c)) / alpha) / alpha = -H(p) / alpha^2``. In this form
-nothing of the size of alpha c cancels.
+where H is the entropy: ``log sum_l exp(alpha c) = H(p) + alpha sum_l p c``, so the derivative of ``log(sum exp(alpha
+c)) / alpha`` is ``(sum p c - log(sum exp(alpha c)) / alpha) / alpha = -H(p) / alpha^2``. In this form nothing of the
+size of alpha c cancels.
 
-Finite for any finite input: dot products that could leave the range of the accumulation type are computed on operands scaled
-by a power of two (exact), and results saturate at the largest finite value of their type.
+Finite for any finite input: dot products that could leave the range of the accumulation type are computed on operands
+scaled by a power of two (exact), and results saturate at the largest finite value of their type.
 
 16-bit inputs are computed in float32, float32 and float64 in themselves. Rows of x are processed in blocks, so that the
 working memory is bounded (``BLOCK_ELEMENTS`` scores) whatever N and M.
@@ -74,7 +74,8 @@ def backward(
     need_y: bool,
     need_alpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x, y and alpha from the upstream ``grad [N, M]``; one that is not needed comes back empty ``[0]``."""
+    """Gradients for x, y and alpha from the upstream ``grad [N, M]``; one that is not needed comes back empty
+    ``[0]``."""
     args = _prepare(x, y, alpha, x_mask, y_mask)
     x_full, y_full = _zero_masked(x, x_mask), _zero_masked(y, y_mask)
     g, shrink = _shrink_gradient(grad.to(args.alpha.dtype), x_full, y_full)
