@@ -1,0 +1,71 @@
+"""Writes the README's tables of figures from the files under benchmarks/results, and from nothing else.
+
+    python -m benchmarks.report          # print
+    python -m benchmarks.report --write  # into README.md, between the markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- figures: made by `python -m benchmarks.report --write` -->", "<!-- end of figures -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    if parser.parse_args().write:
+        readme = ROOT / "README.md"
+        before, after = outside(readme.read_text())
+        readme.write_text(before + START + "\n" + tables() + END + after)
+    else:
+        print(tables(), end="")
+
+
+def outside(text: str) -> tuple[str, str]:
+    """What stands before and after the markers."""
+    before, rest = text.split(START)
+    return before, rest.split(END)[1]
+
+
+def tables(folder: Path = ROOT / "benchmarks" / "results") -> str:
+    """One table a device: its newest file."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda p: p.name[-15:]):
+        content = json.loads(path.read_text())
+        newest[content["device"]] = content | {"file": path.name}
+    return "".join(_table(content) for content in newest.values())
+
+
+def _table(content: dict[str, Any]) -> str:
+    cuda = f", CUDA {content['versions']['cuda']}" if content["versions"]["cuda"] else ""
+    lines = [
+        "",
+        f"**{content['device']}**, torch {content['versions']['torch']}{cuda}, {content['date']}"
+        f" ([all numbers](benchmarks/results/{content['file']}))",
+        "",
+        "| | plain product, ms | ours, ms | ours / product | eager / ours | compiled / ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    memory = []
+    for row in content["rows"]:
+        if "memory_mib" in row:
+            memory.append(f"| {row['op']} {row['name']} | {row['memory_mib']:.0f} MiB |")
+            continue
+        ms = row["milliseconds"]
+        peers = [f"{ms[p] / ms['ours']:.1f}" if p in ms else "" for p in ("eager", "compiled")]
+        floor = " (three products)" if row["floor"] == "three products" else ""
+        lines.append(
+            f"| {row['op']} {row['name']} | {ms['floor']:.1f}{floor} | {ms['ours']:.1f} | {row['ratio']:.2f} | {peers[0]} | {peers[1]} |"
+        )
+    if memory:
+        lines += ["", "| peak memory beyond inputs, result and gradients | |", "|---|---|", *memory]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
