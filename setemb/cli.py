@@ -104,6 +104,9 @@ def evaluate(
         from setemb.config import load_config
         from setemb.training import evaluate_precomp
 
+        for override in overrides or []:
+            if not override.startswith("data."):
+                raise ValueError(f"eval takes data.KEY=VALUE settings alone, got {override!r}")
         report = evaluate_precomp(model, load_config(None, overrides or []).data, split, folds)
     table = Table(title=f"{model}, split {split}: RSUM {report.rsum:.1f}")
     for column in ("", "R@1", "R@5", "R@10", "median rank", "mean rank"):

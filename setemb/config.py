@@ -96,7 +96,7 @@ class DataConfig:
     min_word_count: int = 4
     """bigru: words that occur less often in training are unknown."""
     cache: str = ""
-    """features: folder for token features; empty: in the data folder."""
+    """features: folder for token features; empty: the user's cache folder."""
     workers: int = 0
 
 

@@ -251,7 +251,7 @@ def fit(
         max_epochs=settings.epochs,
         gradient_clip_val=settings.gradient_clip or None,
         check_val_every_n_epoch=settings.validate_every,
-        log_every_n_steps=settings.log_every,
+        log_every_n_steps=min(settings.log_every, data.steps_per_epoch),
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=[

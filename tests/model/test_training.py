@@ -181,6 +181,7 @@ def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path, monkeypatc
         (["train", "f8k-grid-bigru", f"data.dir={tmp_path}"], "no image features"),
         (["train", "--resume", tmp_path], "nothing to resume"),
         (["eval", tmp_path, data], "holds neither a model nor a run"),
+        (["eval", tmp_path, data, "loss.margin=1"], "eval takes data.KEY=VALUE settings alone, got 'loss.margin=1'"),
     ):
         out = [] if arguments[0] == "eval" or "--resume" in arguments else ["--out", tmp_path / "run"]
         result = CliRunner().invoke(app, [str(argument) for argument in arguments + out])
