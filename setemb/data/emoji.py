@@ -35,6 +35,7 @@ import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -268,7 +269,7 @@ def _package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _require(name: str):
+def _require(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,1 +1,1 @@
-"""`setemb demo`: the whole path on real input, from packages to a page: data, features, training, evaluation, index, report."""
+"""`setemb demo`: the whole path on real input, from packages to a page."""

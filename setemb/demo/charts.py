@@ -83,6 +83,5 @@ def _grid(values: Sequence[float], at_y: Callable[[float], float], form: str) ->
 
 
 def _svg(height: int, title: str, parts: Sequence[str]) -> Markup:
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
+    start = f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+    return Markup(start + "".join(parts) + "</svg>")

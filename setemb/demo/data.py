@@ -15,7 +15,7 @@ from torch import Tensor
 
 from setemb.data.emoji import STYLES, Emoji, load_emoji, normalize, render_all
 from setemb.data.precomp import FeatureCaptions
-from setemb.features import ArrayCache, ImageFeatures, TextFeatures
+from setemb.features import ArrayCache, ImageFeatures, TextFeatures, with_context
 
 THUMBNAIL = 72
 PACKAGES = (
@@ -107,8 +107,8 @@ class EmojiPairs:
     """Some of the emoji as training or evaluation data; one item is an emoji with both its drawings.
 
     In training a batch has both drawings of B emoji and ``phrases_per_emoji`` phrases drawn for each: its name or an
-    alias with probability ``name_share``, else any of its phrases.  A phrase and a drawing are a positive pair wherever the
-    phrase is one of that emoji's (``positive``), so a keyword that several emoji of the batch share has all of them.
+    alias with probability ``name_share``, else any of its phrases.  A phrase and a drawing are a positive pair
+    wherever the phrase is one of that emoji's (``positive``): a keyword that several emoji of the batch share has all.
 
     In evaluation a batch has both drawings and the name alone; ``image_group`` and ``caption_group`` are the emoji.
 
@@ -139,7 +139,7 @@ class EmojiPairs:
         """The batch of these members; keys and shapes as `setemb.model.Batch` describes."""
         chosen = [self.members[i] for i in indices]
         rows = [len(STYLES) * i + j for i in chosen for j in range(len(STYLES))]
-        grids = self.features.grids[rows]
+        grids = with_context(self.features.grids[rows])
         if rng is None:
             said, caption_group = [self.features.emojis[i].name for i in chosen], chosen
         else:
@@ -151,7 +151,7 @@ class EmojiPairs:
             grids = np.take_along_axis(grids, order[:, :, None], 1)
         texts, mask = self.features.captions.batch([self.features.caption_of[phrase] for phrase in said], rng)
         batch = {
-            "images": torch.from_numpy(grids.astype(np.float32)),
+            "images": torch.from_numpy(grids),
             "texts": texts,
             "text_mask": mask,
             "image_group": torch.tensor(chosen).repeat_interleave(len(STYLES)),

@@ -15,6 +15,7 @@ from torch import Tensor
 from setemb.checkpoint import write_file
 from setemb.data.emoji import NOTICE, STYLES
 from setemb.demo.charts import grouped_bars, lines
+from setemb.features import with_context
 
 if TYPE_CHECKING:
     from setemb.demo.runner import DemoResult, Trained
@@ -218,7 +219,7 @@ def _slots(result: DemoResult, count: int = 6) -> list[dict[str, Any]]:
     easy = [row for row, rank in enumerate(main.report.image_ranks) if rank < 5] or list(range(len(main.pictures)))
     chosen = np.sort(rng.choice(easy, min(count, len(easy)), replace=False)).tolist()
     rows = [len(STYLES) * test[row // len(STYLES)] + row % len(STYLES) for row in chosen]
-    grids = torch.from_numpy(features.grids[rows].astype(np.float32))
+    grids = torch.from_numpy(with_context(features.grids[rows]))
     attention = main.model.encode_image({"images": grids}, return_attention=True).attention
     assert attention is not None
     side = round(grids.shape[1] ** 0.5)

@@ -24,7 +24,9 @@ from setemb.config import Config, load_config
 from setemb.data.emoji import NOTICE, STYLES, split, training_phrases
 from setemb.data.loader import RetrievalDataModule
 from setemb.demo.data import PACKAGES, EmojiFeatures, EmojiPairs, load_features
+from setemb.demo.start import start_from_least_squares
 from setemb.evaluation import RecallReport
+from setemb.features import with_context
 from setemb.index import SetIndex, embed_images
 from setemb.model import SetEmbedder
 from setemb.similarity import Similarity
@@ -141,10 +143,11 @@ def train_variant(
         phrases_per_emoji=settings.captions_per_image,
         cell_drop=settings.region_drop,
     )
-    config.model.image.dim_in = features.grids.shape[2]
+    config.model.image.dim_in = train.batch([0], None)["images"].shape[2]
     config.model.text.dim_in = features.captions.states.shape[1]
     torch.manual_seed(config.trainer.seed)
     model = SetEmbedder(config.model)
+    start_from_least_squares(model, features, phrases)
     data = RetrievalDataModule(
         train, EmojiPairs(features, parts["dev"]), settings.batch_size, config.trainer.seed, settings.workers
     )
@@ -210,7 +213,7 @@ def chance(items: int, relevant: int, k: int) -> float:
 def index_emoji(model: SetEmbedder, features: EmojiFeatures, half: bool = False) -> SetIndex:
     """An index of all drawings of all emoji; ``half``: float16 vectors."""
     items = [(emoji, style) for emoji in features.emojis for style in STYLES]
-    vectors = embed_images(model, features.grids)
+    vectors = embed_images(model, features.grids, prepare=with_context)
     return SetIndex(
         vectors.half() if half else vectors,
         [f"{style}/{emoji.id}" for emoji, style in items],
@@ -228,7 +231,7 @@ def summary(result: DemoResult) -> dict[str, Any]:
     return {
         "quick": result.quick,
         "emoji": {part: len(members) for part, members in result.parts.items()},
-        "protocol": f"{names} names and {pictures} pictures of unseen emoji; a name is found with either of its two drawings",
+        "protocol": f"{names} names and {pictures} pictures of unseen emoji; either of its two drawings answers a name",
         "test": {
             t.variant.key: {
                 "label": t.variant.label,
