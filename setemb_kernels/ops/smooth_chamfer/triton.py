@@ -1,36 +1,40 @@
-"""Smooth-Chamfer on a GPU, in Triton. Same functions as `reference`, which has the maths; here is how it is laid out.
+"""Smooth-Chamfer on a GPU, in Triton: the host side. `triton_kernels` has the kernels, `reference` the maths.
 
-Three kernels, and plain matrix products in the backward pass:
+    pack_kernel      x, y -> packed operands ``[rows, features]`` in tile order, masked vectors zero, features padded;
+                     and per set: weight 1 / (2 |X|), longest vector, exponent
+    forward_kernel   packed operands -> similarity ``[N, M]``
+    weights_kernel   packed operands, upstream gradient -> a chunk of W = g ds/dc, and partial sums for d/dalpha
+    torch.addmm      dX += W Y, dY += W^T X, accumulated in float32
+    unpack_kernel    float32 accumulators in tile order -> gradients in the layout and dtype of the inputs
 
-    _pack_kernel        x, y -> packed operands  [rows, features] in tile order, masked vectors zero, features padded; and per set:
-                        weight 1 / (2 |X|), longest vector, exponent
-    _forward_kernel     packed operands -> similarity [N, M]
-    _weights_kernel     packed operands, upstream gradient -> one chunk of W = g ds/dc  (and partial sums for d/dalpha)
-    torch.addmm         dX += W Y, dY += W^T X, accumulated in float32
-    _unpack_kernel      float32 accumulators in tile order -> gradients in the layout and dtype of the inputs
+**Tile.** A program computes scores ``c [ROWS, COLUMNS]`` of whole sets, K and L padded to powers of two. The order
+of rows and columns decides what the sums over slots cost. A tensor core (sm_80, sm_90) leaves rows r and r + 8 of
+every 16, and many columns, to one thread. So rows are slot-major within blocks of 16 (16 / K sets to a block) and
+columns slot-major within parts of a tile: the sum over l stays in a thread, and that over k takes one addition
+there and one shuffle, K = 4.
 
-**Tile.** A program computes scores ``c [ROWS, COLUMNS]`` of whole sets, K and L padded to powers of two. The order of rows and
-columns decides what the sums over slots cost. A tensor core leaves rows r and r + 8 of every 16, and many columns, in one
-thread. So rows are slot-major within blocks of 16 (``GROUP = 16 / K`` sets to a block) and columns slot-major within the tile
-(``GROUP = COLUMNS / L``): the sum over l stays in a thread, the sum over k takes one addition in a thread and one shuffle for K = 4.
-Both are ``position`` below, with another GROUP.
-
-**Why a packed copy.** It reads and writes each operand once: 4 (N K + M L) D bytes in 16 bits, against 2 N K M L D flops; at
-N = M = 8192, K = L = 4, D = 1024 that is 0.06 ms at 4.3 TB/s against 2.8 ms of products at 790 TFLOP/s, 2 %. For it the main loop has
-no predicates, no gathers and no masks, takes any strides and any D, and is fed by the bulk copy engine (tensor descriptors)
-where there is one.
+**Why a packed copy.** It reads and writes each operand once: 4 (N K + M L) D bytes in 16 bits, against 2 N K M L D
+flops; at N = M = 8192, K = L = 4, D = 1024 that is 0.06 ms at 4.3 TB/s against 2.8 ms of products at 790 TFLOP/s (2 %).
+For it the main loop has no predicates, gathers or masks, takes any strides and any D, and is fed by the bulk
+copy engine. (These are counts, not timings.)
 
 **Why the backward stores chunks of W.** With R = N K rows, C = M L columns, P = 2 R C D flops for one product:
-  (a) dX and dY each by a kernel that recomputes its scores: 4 P. The accumulator ``[128, D]`` of one row block is 512 KiB at
-      D = 1024, twice the register file of a multiprocessor, so D must be split in at least 4, and each part recomputes the scores: 10 P.
-  (b) W by chunks in a workspace, each used twice: 3 P, 6 R C bytes of traffic in 16 bits, mostly in the L2 cache for a chunk
-      of 32 MiB. At the sizes above 3 P = 8.4 ms; the 6 GB take 1.5 ms from memory, less from the cache, and run beside
-      the products. The two plain products are cuBLAS's, nobody's better.
-  (b) wins for D > 128; below, both are bound by the exponentials, of which (a) has twice as many. Hence (b) for every D.
 
-**Range.** Sets whose vectors are so long that a dot product could overflow are packed times 2^-exponent. Where Cauchy-Schwarz bounds
-|alpha c| for a whole tile, ``exp(alpha c)`` needs no shift and one exp serves both directions; other tiles shift by the
-maximum per row and per column. A set that holds NaN or infinity has weight NaN, so that exactly its pairs become NaN.
+  (a) dX and dY each by a kernel that recomputes its scores: 4 P. But the accumulator ``[128, D]`` of one block of
+      rows is 512 KiB at D = 1024, twice the registers of a multiprocessor; D is split in four, each recomputes the
+      scores: 10 P.
+  (b) W by chunks in a workspace, each used twice: 3 P, and 6 R C bytes in 16 bits, mostly in the L2 cache for a
+      chunk of 32 MiB. At the sizes above 3 P = 8.4 ms; the 6 GB take 1.5 ms from memory, less from the cache,
+      beside the products. Sums over chunks cost 8 D (4096 + 4096) bytes a chunk, another 4 GB. The plain products
+      are those of cuBLAS.
+
+By this count (b) wins for D > 128; below, both are bound by the exponentials, of which (a) has twice as many. Hence (b).
+
+**Range.** Sets whose vectors are so long that a dot product could overflow are packed times a power of two. Each
+kernel is launched in two variants, and reads on the device which one serves: where Cauchy-Schwarz bounds |alpha c|
+for all pairs, ``exp(alpha c)`` needs no shift and one exp serves both directions; else scores are shifted by the
+maximum of each row and of each column. The other variant ends at once. A set that holds NaN or infinity has weight
+NaN: its pairs become NaN, no others do.
 """
 
 from __future__ import annotations
@@ -66,14 +70,21 @@ class Config(NamedTuple):
         """Keyword arguments of a launch."""
         names = {"rows": "ROWS", "columns": "COLUMNS", "part": "PART", "block_d": "BLOCK_D", "tiles": "TILES"}
         names |= {"flatten": "FLATTEN", "bulk": "BULK"}
-        return {names.get(name, name): value for name, value in self._asdict().items()} | {"enable_fp_fusion": True}
+        return {names.get(name, name): value for name, value in self._asdict().items()} | {
+            "enable_fp_fusion": True,
+            "maxnreg": 255,  # left alone, the compiler may spill to make room for a second program
+        }
 
 
 WORKSPACE_BYTES = 64 << 20
 """What the backward pass allocates for chunks of W and their products."""
 
+CHUNK_COLUMNS = 4096
+"""Columns of a chunk of W: with 4096 rows, 32 MiB in 16 bits, products of D = 1024 make 128 tiles of 128 x 256 each."""
+
 MAX_VECTORS = (256, 128)
-"""The larger and the smaller of K and L may be at most this, so that a tile holds whole sets."""
+"""The larger and the smaller of K and L may be at most this, so that a tile holds whole sets. The compiler keeps
+everything in registers for up to 64 each; above, it may spill."""
 
 
 def _next_power_of_two(n: int) -> int:
@@ -82,22 +93,43 @@ def _next_power_of_two(n: int) -> int:
 
 def forward_config(K: int, L: int, D: int, dtype: torch.dtype, arch: int, shifted: bool = False) -> Config:
     """Tile sizes of the forward kernel; arch is 10 * major + minor of the compute capability."""
-    return _config(K, L, dtype, arch, rows=128)
+    return _config(K, L, dtype, arch, (128, 128) if shifted else (128, 256), shifted, stages=4)
 
 
 def backward_config(K: int, L: int, D: int, dtype: torch.dtype, arch: int, shifted: bool = False) -> Config:
-    """Tile sizes of the kernel that makes chunks of W. The shifted variant holds more in registers."""
-    return _config(K, L, dtype, arch, rows=64 if shifted else 128)
+    """Tile sizes of the kernel that makes chunks of W."""
+    columns = 256 if 90 <= arch < 100 else 128
+    return _config(K, L, dtype, arch, (64, 128) if shifted else (128, columns), shifted, stages=3)
 
 
-def _config(K: int, L: int, dtype: torch.dtype, arch: int, rows: int) -> Config:
-    columns, part, warps, stages = 256, 128, 8, 4
-    if _next_power_of_two(K) > 128:
-        rows, columns = 256, 128
-    rows = max(rows, _next_power_of_two(K))
-    part = max(part, _next_power_of_two(L))
-    block_d = 32 if dtype == torch.float32 else 64
-    return Config(rows, columns, part, block_d, 8, arch == 90, arch >= 90, warps, stages)
+def _config(K: int, L: int, dtype: torch.dtype, arch: int, tile: tuple[int, int], shifted: bool, stages: int) -> Config:
+    """`tile` where it fits: what the compiler can hold in registers without a spill, read off for each kind of chip.
+
+    Tensor cores of sm_100 leave one row to a thread, so that sums over k go through shuffles; float32 products use no
+    tensor cores and hold both operands in registers; where K or L is below 4, there is a pair for every few scores. All
+    three take small tiles.
+    """
+    slots_x, slots_y = _next_power_of_two(K), _next_power_of_two(L)
+    (rows, columns), part = tile, 128
+    if min(slots_x, slots_y) < 4:
+        rows, columns, part = (64, 32, 32) if dtype == torch.float32 or arch >= 100 else (64, 64, 64)
+    elif dtype == torch.float32:
+        rows, columns, part = 32 if shifted else 64, 64, 64
+    elif arch >= 100:
+        rows, columns, part = (64, 64, 64) if shifted else (128, 128, 64)
+    rows, part = max(rows, slots_x), max(part, slots_y)
+    columns = part if slots_x > 128 else max(columns, part)
+    return Config(
+        rows=rows,
+        columns=columns,
+        part=part,
+        block_d=16 if dtype == torch.float32 else 64,
+        tiles=8,
+        flatten=90 <= arch < 100,
+        bulk=arch >= 90,
+        num_warps=8,
+        num_stages=stages if 90 <= arch < 100 else 3,
+    )
 
 
 # --- host
@@ -105,7 +137,7 @@ def _config(K: int, L: int, dtype: torch.dtype, arch: int, rows: int) -> Config:
 
 def forward(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
     """The similarity ``[N, M]``, in the dtype of x. See `op.smooth_chamfer`."""
-    (N, K, D), (M, L, _) = x.shape, y.shape
+    (N, K), (M, L) = x.shape[:2], y.shape[:2]
     if 0 in (N, M, K, L):
         return x.new_zeros(N, M)
     with torch.cuda.device_of(x):
@@ -133,10 +165,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, y and alpha from the upstream ``grad [N, M]``; one that is not needed comes back empty ``[0]``.
 
-    That of alpha is on the device of x. Memory beyond inputs and outputs: packed copies of x and y, `WORKSPACE_BYTES`, and, if
-    both x and y need a gradient, one of the two (the smaller) in float32.
+    That of alpha is on the device of x. Memory beyond inputs and outputs: packed copies of x and y, `WORKSPACE_BYTES`,
+    and, if both x and y need a gradient, one of the two (the smaller) in float32.
     """
-    (N, K, D), (M, L, _) = x.shape, y.shape
+    (N, K), (M, L) = x.shape[:2], y.shape[:2]
     if need_y and (not need_x or M * L > N * K):  # s(X, Y) = s(Y, X), and the side of x needs the smaller accumulator
         grad_y, grad_x, grad_alpha = backward(grad.T, y, x, alpha, y_mask, x_mask, need_y, need_x, need_alpha)
         return grad_x, grad_y, grad_alpha
@@ -213,10 +245,9 @@ class _Call:
         configure: Callable[..., Config],
     ) -> None:
         (_, K, D), (_, L, _) = x.shape, y.shape
-        if max(K, L) > MAX_VECTORS[0] or min(K, L) > MAX_VECTORS[1]:
-            raise ValueError(
-                f"x, y: expected sets of at most {MAX_VECTORS[0]} and {MAX_VECTORS[1]} vectors on a GPU, got {K} and {L}"
-            )
+        larger, smaller = MAX_VECTORS
+        if max(K, L) > larger or min(K, L) > smaller:
+            raise ValueError(f"x, y: expected sets of at most {larger} and {smaller} vectors on a GPU, got {K} and {L}")
         self.programs, arch = _device(x)
         self.configs = [configure(K, L, D, x.dtype, arch, shifted) for shifted in (False, True)]
         rows = max(config.rows for config in self.configs)
@@ -225,13 +256,13 @@ class _Call:
         self.x = _pack(x, x_mask, slots_x, max(1, 16 // slots_x), rows, block_d)
         self.y = _pack(y, y_mask, slots_y, part // slots_y, columns, block_d)
         self.features = self.x.rows.shape[1]
-        self.alpha = min(float(alpha), torch.finfo(torch.float32).max) if alpha.device.type == "cpu" else alpha
+        self.alpha = min(float(alpha), torch.finfo(torch.float32).max) if _on_host(alpha) else alpha
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # what torch may use for a plain product
         self.constants = {
             "K": slots_x,
             "L": slots_y,
             "GROUP": self.x.group,
-            "MASKED": x_mask is not None or y_mask is not None or (K, L) != (slots_x, slots_y),
+            "MASKED": x_mask is not None or y_mask is not None or (slots_x, slots_y) != (K, L),
             "ALPHA_ON_DEVICE": isinstance(self.alpha, Tensor),
             "PRECISION": "tf32" if tf32 else "ieee",
         }
@@ -260,9 +291,14 @@ class _Call:
     def chunk_shape(self) -> tuple[int, int]:
         """Rows and columns of a chunk of W: half of `WORKSPACE_BYTES` for it and half for the sum over its columns."""
         rows, columns = max(config.rows for config in self.configs), self.configs[0].columns
-        width = min(len(self.y.rows), 4096)
+        width = min(len(self.y.rows), CHUNK_COLUMNS)
         height = WORKSPACE_BYTES // 2 // max(width * self.x.rows.element_size(), self.features * 4)
         return min(len(self.x.rows), max(rows, height // rows * rows)), max(columns, width // columns * columns)
+
+
+def _on_host(alpha: Tensor) -> bool:
+    """Whether alpha can be read without waiting for a device."""
+    return alpha.device.type == "cpu"
 
 
 def _device(x: Tensor) -> tuple[int, int]:
@@ -279,10 +315,10 @@ def _pack(v: Tensor, mask: Tensor | None, slots: int, group: int, rows: int, blo
     sets = triton.cdiv(N * slots, rows) * rows // slots
     features = triton.cdiv(max(D, 1), block_d) * block_d
     packed = v.new_empty(sets * slots, features)
-    valid = torch.empty(sets * slots, dtype=torch.int8, device=v.device)
-    stats = torch.empty(3, sets, dtype=torch.float32, device=v.device)
-    block = _block(slots, features)
-    kernels.pack_kernel[(triton.cdiv(sets, block["SETS"]),)](
+    valid = v.new_empty(sets * slots, dtype=torch.int8)
+    stats = v.new_empty(3, sets, dtype=torch.float32)
+    block = _block(slots, features, sets)
+    kernels.pack_kernel[(sets // block["SETS"],)](
         v, mask, packed, valid, stats, N, K, D, features, sets, *v.stride(), *_strides(mask),
         HAS_MASK=mask is not None, SLOTS=slots, GROUP=group, **block,
         LARGEST_EXPONENT=(124 - math.ceil(math.log2(features))) // 2, enable_fp_fusion=True,
@@ -297,7 +333,7 @@ def _unpack(
     N, K, D = out.shape
     if first >= N or D == 0:
         return
-    block = _block(like.slots, sums.shape[1])
+    block = _block(like.slots, sums.shape[1], like.sets)
     last = min(N, first + sets)
     kernels.unpack_kernel[(triton.cdiv(last - first, block["SETS"]),)](
         sums, mask, like.stats, exponents, out, first, last, K, D, sums.shape[1], like.sets, *_strides(mask),
@@ -310,10 +346,10 @@ def _strides(mask: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if mask is None else mask.stride()
 
 
-def _block(slots: int, features: int) -> dict[str, int]:
-    """What one program packs or unpacks at a time: about 4096 numbers."""
+def _block(slots: int, features: int, sets: int) -> dict[str, int]:
+    """What one program packs or unpacks at a time: about 4096 numbers, of as many sets as divide `sets`."""
     block_d = min(_next_power_of_two(features), max(16, 4096 // slots))
-    return {"SETS": max(1, 4096 // (slots * block_d)), "BLOCK_D": block_d}
+    return {"SETS": math.gcd(max(1, 4096 // (slots * block_d)), sets), "BLOCK_D": block_d}
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -335,7 +371,7 @@ def _exponents(grad: Tensor, call: _Call) -> Tensor:
 
 def _alpha_gradient(parts: Tensor, exponents: Tensor, alpha: Tensor) -> Tensor:
     """From sums of entropy (in bits) times gradient (divided by a power of two); on the device of parts."""
-    sharpness: Any = float(alpha) if alpha.device.type == "cpu" else alpha.double()
+    sharpness: Any = float(alpha) if _on_host(alpha) else alpha.double()
     total = parts.sum(dtype=torch.float64) * exponents[0].double().exp2() * -math.log(2)
     limit = torch.finfo(alpha.dtype).max
     return (total / sharpness / sharpness).clamp(-limit, limit).to(alpha.dtype)
@@ -363,8 +399,8 @@ def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool 
     group = max(1, 16 // slots_x)
     limit = torch.finfo(dtype).max
     shared = {"K": slots_x, "L": slots_y, "GROUP": group, "PRECISION": "ieee", "ALPHA_ON_DEVICE": False}
-    shared["MASKED"] = masked or (K, L) != (slots_x, slots_y)
-    block = _block(slots_x, triton.cdiv(D, 64) * 64)
+    shared["MASKED"] = masked or (slots_x, slots_y) != (K, L)
+    block = _block(slots_x, triton.cdiv(D, 64) * 64, 4096)
     layout = {"HAS_MASK": masked, "SLOTS": slots_x, "GROUP": group, **block}
     yield _build(kernels.pack_kernel, dtype, {**layout, "LARGEST_EXPONENT": 56, "stride_d": 1}, {})
     yield _build(kernels.unpack_kernel, dtype, {**layout, "LIMIT": limit}, {})
@@ -380,13 +416,13 @@ def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool 
 def _build(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any]) -> Build:
     name = _NAMES[dtype]
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    options |= {key: value for key, value in launch.items() if key in options}
+    options |= {key: value for key, value in launch.items() if key in options or key == "maxnreg"}
     constants = constants | {key: value for key, value in launch.items() if key not in options}
     pointers = {"v": name, "mask": "i1", "valid": "i8", "x_valid": "i8", "y_valid": "i8", "exponents": "i32"}
     pointers |= dict.fromkeys(("stats", "x_stats", "y_stats", "x_peak", "y_peak", "alpha_parts"), "fp32")
     pointers |= dict.fromkeys(("x", "y", "out", "grad", "chunk"), name)
     pointers["packed"] = "fp32" if kernel is kernels.unpack_kernel else name
-    signature = {key: "i32" for key in kernel.arg_names} | {"alpha": "fp32"}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"alpha": "fp32"}
     signature |= {key: f"*{value}" for key, value in pointers.items()} | dict.fromkeys(constants, "constexpr")
     if constants.get("BULK"):
         for key, rows in (("x", "ROWS"), ("y", "COLUMNS")):

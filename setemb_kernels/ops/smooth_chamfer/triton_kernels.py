@@ -1,7 +1,8 @@
 """The Triton kernels of smooth-Chamfer. `triton` beside this file launches them and says how they fit together.
 
-Names: ``scale`` is alpha log2(e), so that ``exp(alpha c) = exp2(scale c)``; ``c`` scores; ``p``, ``q`` softmaxes over l and k. A
-block of pairs has the axes ``[block, group, m]``, its scores ``[block, k, group, l, m]``: set n = block * GROUP + group of x.
+Names: ``scale`` is alpha log2(e), so that ``exp(alpha c) = exp2(scale c)``; ``c`` scores; ``p``, ``q`` softmaxes
+over l and k. The pairs of a part of a tile have the axes ``[block, group, m]``, their scores ``[block, k, group, l,
+m]``: set n = block * GROUP + group of x with set m of y.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import triton.language as tl
 
 # A @triton.jit function may read a module's constants only as tl.constexpr.
 _LOG2_E = tl.constexpr(1 / math.log(2))
-_LN_2 = tl.constexpr(math.log(2))
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 _FLOAT32_SMALLEST = tl.constexpr(1.1754943508222875e-38)
-_UNSHIFTED = tl.constexpr(56.0)  # 2^-56 <= exp(alpha c) <= 2^56 needs no shift: sums of 64 of them, two by two, can be multiplied
+_UNSHIFTED = tl.constexpr(
+    56.0
+)  # 2^-56 <= exp(alpha c) <= 2^56 needs no shift: sums and their inverses are normal numbers
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 WEIGHT_EXPONENT = tl.constexpr(15)  # chunks of W hold |W| <= 2^15, whatever the upstream gradient: fits float16
 
@@ -56,7 +58,9 @@ def _log2(v):
     if _INTERPRETED:
         result = tl.log2(v)
     else:
-        result = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
     return result
 
 
@@ -76,8 +80,8 @@ def log2_of_product(v, axis: tl.constexpr):
 
 @triton.jit
 def _sum_of_log2(v, axis: tl.constexpr):
-    """One logarithm for all of an axis, where there are as many numbers as exponentials over K or L."""
-    if _INTERPRETED or v.shape[axis] > 64:  # the interpreter takes seconds to reduce with a function of ours
+    """``sum(log2(v), axis)`` by one logarithm."""
+    if _INTERPRETED or v.shape[axis] > 64:  # noqa: SIM108 -- interpreted, a reduction by our function takes seconds
         result = tl.sum(_log2(v), axis)
     else:
         result = log2_of_product(v, axis)
@@ -190,7 +194,7 @@ def unpack_kernel(
 
 @triton.jit
 def _tile_position(tile, row_tiles, column_tiles, TILES: tl.constexpr):
-    """Row and column of a tile in an order that walks down TILES tiles before it moves right, to find operands in the cache."""
+    """Row and column of a tile: down TILES tiles before one to the right, to find operands in the cache."""
     band = tile // (TILES * column_tiles)
     first = band * TILES
     height = tl.minimum(row_tiles - first, TILES)
@@ -225,7 +229,7 @@ def _scores(
 
 @triton.jit
 def _is_served(scale, x_peak, y_peak, SHIFTED: tl.constexpr):
-    """Whether this variant of a kernel is the one that serves the call: the unshifted one where |alpha c| is bounded."""
+    """Whether this variant of a kernel is the one to serve: the unshifted one where |alpha c| is bounded."""
     bounded = scale * tl.load(x_peak + 1) * tl.load(y_peak + 1) <= _UNSHIFTED  # false for NaN
     return bounded != SHIFTED
 
@@ -240,8 +244,8 @@ def _without_invalid(c, x_valid, y_valid):
 
 @triton.jit
 def _parts(c, PART: tl.constexpr):
-    """A tile cut into parts of PART columns, one or two: what is summed up at a time has to fit into registers beside the rest."""
-    if PART < c.shape[1]:
+    """A tile cut into one or two parts of PART columns: what is summed up at a time has to fit into registers."""
+    if c.shape[1] > PART:  # noqa: SIM108
         parts = tl.split(tl.permute(tl.reshape(c, (c.shape[0], 2, PART)), (0, 2, 1)))
     else:
         parts = (c,)
@@ -250,7 +254,7 @@ def _parts(c, PART: tl.constexpr):
 
 @triton.jit
 def _sets(i, j, BLOCKS: tl.constexpr, GROUP: tl.constexpr, Y_SETS: tl.constexpr):
-    """Which sets the pairs of part (i, j) are of: ``n [blocks, group, 1]``, ``m [1, 1, m]``."""
+    """Which sets the pairs of part (i, j) are of: ``n [block, group, 1]``, ``m [1, 1, m]``."""
     n = tl.reshape(tl.arange(0, BLOCKS * GROUP), (BLOCKS, GROUP, 1))
     m = tl.reshape(tl.arange(0, Y_SETS), (1, 1, Y_SETS))
     return i * (BLOCKS * GROUP) + n, j * Y_SETS + m
@@ -264,14 +268,14 @@ def _stats(stats, n, sets):
 
 @triton.jit
 def _pair_scale(scale, x_exponent, y_exponent):
-    """The scale of the scores of each pair, for `_shifted`: ``[blocks, 1, group, 1, m]``."""
+    """The scale of the scores of each pair, for `_shifted`: ``[block, 1, group, 1, m]``."""
     scale = tl.minimum(scale * _power_of_two(x_exponent) * _power_of_two(y_exponent), _FLOAT32_MAX)
     return scale[:, None, :, None, :]
 
 
 @triton.jit
 def _shifted(c, axis: tl.constexpr, scale):
-    """``z = scale (c - max)``, ``exp2(z)``, its sum and max over one axis of slots; sum 1 and max 0 where no slot is valid."""
+    """``z = scale (c - max)``, ``exp2(z)``, its sum and max over one axis; sum 1 and max 0 where no slot is valid."""
     top = tl.max(c, axis, keep_dims=True)
     top = tl.where(top == float("-inf"), 0.0, top)
     z = (c - top) * scale
@@ -282,7 +286,7 @@ def _shifted(c, axis: tl.constexpr, scale):
 
 @triton.jit
 def _similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED: tl.constexpr):
-    """``s [blocks, group, m]`` of scores ``c [blocks, k, group, l, m]`` with ``2^-60 <= exp2(scale c) <= 2^60``: one exp for both sums."""
+    """``s [block, group, m]`` of bounded scores ``c [block, k, group, l, m]``: one exp for both sums."""
     e = tl.exp2(c * scale)
     by_row = tl.sum(e, 3)
     by_column = tl.sum(e, 1)
@@ -294,13 +298,13 @@ def _similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED: tl.cons
 
 @triton.jit
 def _similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse):
-    """The same for any finite scores: shifted by the maximum of each row and each column; in units of the sets' exponents."""
+    """The same for any finite scores, shifted by the maximum of each row and of each column, and with exponents."""
     pairs: tl.constexpr = (c.shape[0], c.shape[2], c.shape[4])
     unit = _pair_scale(scale, x_exponent, y_exponent)
-    _, _, total, top = _shifted(c, 3, unit)  # [blocks, k, group, 1, m]
+    _, _, total, top = _shifted(c, 3, unit)  # [block, k, group, 1, m]
     s = tl.reshape(tl.sum(top * x_weight[:, None, :, None, :], 1), pairs)
     log = tl.reshape(_sum_of_log2(total, 1), pairs) * x_weight
-    _, _, total, top = _shifted(c, 1, unit)  # [blocks, 1, group, l, m]
+    _, _, total, top = _shifted(c, 1, unit)  # [block, 1, group, l, m]
     s += tl.reshape(tl.sum(top * y_weight[:, None, :, None, :], 3), pairs)
     log += tl.reshape(_sum_of_log2(total, 3), pairs) * y_weight
     log *= inverse * _power_of_two(-x_exponent) * _power_of_two(-y_exponent)
@@ -313,7 +317,7 @@ def _store_similarity(
     K: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
     SHIFTED: tl.constexpr, MASKED: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """The similarities of one part, from scores c to memory. Part (i, j) starts at row ``i c.shape[0]`` and column ``j c.shape[1]``."""
+    """The similarities of one part, from scores c to memory. Part (i, j) starts at row i * ROWS, column j * PART."""
     BLOCKS: tl.constexpr = c.shape[0] // (K * GROUP)
     Y_SETS: tl.constexpr = c.shape[1] // L
     if MASKED:
@@ -363,7 +367,7 @@ def forward_kernel(
 
 @triton.jit
 def _weights_unshifted(c, gx, gy, scale, MASKED: tl.constexpr):
-    """``W = p gx + q gy`` of scores ``c [blocks, k, group, l, m]``; gx, gy: upstream gradient times weight, ``[blocks, group, m]``."""
+    """``W = p gx + q gy`` of bounded scores; gx, gy ``[block, group, m]``: upstream gradient times weight."""
     e = tl.exp2(c * scale)
     by_row = tl.sum(e, 3, keep_dims=True)
     by_column = tl.sum(e, 1, keep_dims=True)

@@ -1,0 +1,31 @@
+"""The Triton backend: the cases of `triton_cases`, on the GPU where there is one, else under Triton's interpreter.
+
+In a process of its own, as TRITON_INTERPRET must be set before triton is imported and would hold for every other test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+def test_cases() -> None:
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    if not torch.cuda.is_available():
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    cases = Path(__file__).with_name("triton_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cases.parents[2])
+    assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2_000:]
+    summary = run.stdout.strip().splitlines()[-1]
+    passed = re.search(r"(\d+) passed", summary)
+    assert passed and int(passed[1]) > 100 and "skipped" not in summary, summary

@@ -1,0 +1,56 @@
+"""Triton kernels compiled for chips that need not be here: no spills, shared memory within limits, tensor cores."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SETS = [  # K, L, masked: each branch of the tile sizes, and both ends of it
+    (torch.bfloat16, 4, 4, False),
+    (torch.bfloat16, 1, 1, False),
+    (torch.bfloat16, 3, 7, True),
+    (torch.bfloat16, 64, 64, True),
+    (torch.float16, 16, 16, False),
+    (torch.float32, 4, 4, False),
+    (torch.float32, 3, 7, True),
+    (torch.float32, 2, 1, False),
+]
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize(("dtype", "K", "L", "masked"), SETS)
+def test_compiles(
+    dtype: torch.dtype, K: int, L: int, masked: bool, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for build in backend.configs(K, L, 1024, dtype, arch, masked):
+        source = ASTSource(fn=build.kernel, signature=build.signature, constexprs=build.constants, attrs=build.attrs)
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=build.options)
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _resources(cubin)
+        where = f"{build.kernel.__name__} {build.constants} for sm_{arch}: {usage}"
+        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, where
+        assert kernel.metadata.shared <= SHARED_MEMORY[arch], where
+        if "SHIFTED" in build.constants and dtype != torch.float32:
+            assert TENSOR_CORES[arch] in kernel.asm["ptx"], where
+
+
+def _resources(cubin: Path) -> dict[str, int]:
+    """Registers, stack, local memory, ... of the only kernel in a file."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", report)}

@@ -1,0 +1,151 @@
+"""What `test_triton` runs in a process of its own: the case table, and what only this backend has.
+
+On a GPU, or interpreted: then in float32 and float16, as numpy has no bfloat16. The interpreter notices no access
+out of bounds. So the table has inputs inside larger buffers of NaN ("sliced"), and what the backend allocates
+starts as NaN and has margins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
+from setemb_kernels.ops.smooth_chamfer import triton_kernels  # noqa: E402
+from tests.kernels.cases import CASES, Case, Inputs, cases, check, reference_results  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
+TABLE = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for dtype in DTYPES for case in cases(dtype)]
+NAMED = {case.name: case for case in CASES}
+
+
+@pytest.fixture(autouse=True)
+def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let what new_empty returns hold NaN, between margins that no kernel may write to."""
+    allocate, margin, guarded = torch.Tensor.new_empty, 4096, []
+
+    def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        if options:  # the interpreter's own
+            return allocate(self, *size, dtype=dtype, **options)
+        shape = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
+        memory = allocate(self, shape.numel() + 2 * margin, dtype=dtype)
+        memory.fill_(float("nan") if memory.is_floating_point() else 77)
+        guarded.append(memory)
+        return memory[margin : margin + shape.numel()].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    for memory in guarded:
+        for guard in (memory[:margin], memory[-margin:]):
+            assert (guard.isnan() if guard.is_floating_point() else guard == 77).all(), "written out of bounds"
+
+
+def run(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (i.x, i.y, i.alpha, i.x_mask, i.y_mask)
+    return backend.forward(*arguments), *backend.backward(i.grad, *arguments, True, True, True)
+
+
+@pytest.mark.parametrize(("case", "dtype"), TABLE)
+def test_table(case: Case, dtype: torch.dtype) -> None:
+    check(run, case, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("name", ["larger than a tile", "empty sets among others", "overflowing products", "D 1031"])
+def test_without_gradient_of_alpha(name: str) -> None:
+    """Where alpha needs none, W may come from the kernel that does not shift."""
+
+    def without(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        arguments = (i.x, i.y, i.alpha, i.x_mask, i.y_mask)
+        grad_x, grad_y, none = backend.backward(i.grad, *arguments, True, True, False)
+        assert none.shape == (0,)
+        return backend.forward(*arguments), grad_x, grad_y, reference_results(i)[3]
+
+    check(without, NAMED[name], torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("name", ["larger than a tile", "sliced", "K 16 L 3"])
+def test_pointers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on chips without a bulk copy engine: another way to load, a grid of one program a tile."""
+    monkeypatch.setattr(backend, "_device", lambda x: (2, 80))
+    check(run, NAMED[name], torch.float16, DEVICE)
+
+
+@pytest.mark.parametrize("name", ["larger than a tile", "many rows"])
+def test_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1 << 18)
+    monkeypatch.setattr(backend, "CHUNK_COLUMNS", 256)
+    check(run, NAMED[name], torch.float16, DEVICE)
+
+
+def test_alpha_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is read by the kernels, through a pointer."""
+    monkeypatch.setattr(backend, "_on_host", lambda alpha: False)
+
+    def on_device(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return run(i._replace(alpha=i.alpha.to(DEVICE)))
+
+    check(on_device, NAMED["masks"], torch.float32, DEVICE)
+    check(on_device, NAMED["alpha 1e30"], torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
+def test_each_gradient_alone(needs: tuple[bool, bool, bool]) -> None:
+    i = NAMED["masks"].build(torch.float32, DEVICE)
+    arguments = (i.grad, i.x, i.y, i.alpha, i.x_mask, i.y_mask)
+    every = backend.backward(*arguments, True, True, True)
+    some = backend.backward(*arguments, *needs)
+    for need, got, expected in zip(needs, some, every, strict=True):
+        assert got.shape == (expected.shape if need else (0,))
+        if need:
+            torch.testing.assert_close(got, expected)
+
+
+def test_nan_stays_with_its_set() -> None:
+    i = NAMED["paper"].build(torch.float32, DEVICE)
+    clean = backend.forward(*i[:5])
+    i.x[3, 1, 5] = float("nan")
+    s = backend.forward(*i[:5])
+    assert s[3].isnan().all()
+    others = torch.arange(len(s)) != 3
+    torch.testing.assert_close(s[others], clean[others])
+
+
+def test_nan_gradient_stays_with_its_pair() -> None:
+    """A NaN in the upstream gradient reaches the two sets of its pair only."""
+    i = NAMED["paper"].build(torch.float32, DEVICE)
+    i.grad[2, 7] = float("nan")
+    grad_x, grad_y, _ = backend.backward(i.grad, *i[:5], True, True, False)
+    for got, hit in ((grad_x, 2), (grad_y, 7)):
+        assert got[hit].isnan().all()
+        assert got[torch.arange(len(got)) != hit].isfinite().all()
+
+
+def test_sets_too_large_for_a_tile() -> None:
+    x = torch.zeros(1, 257, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="at most 256 and 128 vectors on a GPU, got 257 and 3"):
+        backend.forward(x, x[:, :3], torch.tensor(16.0), None, None)
+
+
+@triton.jit
+def _log2_of_product_kernel(v, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    block = tl.load(v + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+    tl.store(out + tl.arange(0, ROWS), triton_kernels.log2_of_product(block, 1))
+
+
+def test_log2_of_product() -> None:
+    """Which the interpreter is spared elsewhere, for its time."""
+    v = torch.exp2(torch.empty(4, 64).uniform_(-62, 62, generator=torch.Generator().manual_seed(0))).to(DEVICE)
+    out = torch.empty(4, device=DEVICE)
+    _log2_of_product_kernel[(1,)](v, out, ROWS=4, COLUMNS=64)
+    torch.testing.assert_close(out.double(), v.double().log2().sum(1), rtol=1e-6, atol=1e-4)
