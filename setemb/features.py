@@ -119,10 +119,8 @@ class TextFeatures:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_tokens)
-        with torch.device("meta"):  # to draw 22 million random numbers first would take longer than a search
-            self.encoder = _Bert(config).eval()
         weights = _bert_weights(load_file(folder / "model.safetensors"), config["num_hidden_layers"])
-        self.encoder.load_state_dict(weights, assign=True)
+        self.encoder = _Bert(config, weights).eval()
         self.dim = int(config["hidden_size"])
 
     @torch.inference_mode()
@@ -151,12 +149,13 @@ class TextFeatures:
 class _Bert(nn.Module):
     """The encoder of BERT (Devlin et al. 2019, post-norm) on `torch.nn.TransformerEncoder`."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         dim, eps = config["hidden_size"], config["layer_norm_eps"]
-        self.word = nn.Embedding(config["vocab_size"], dim)
-        self.position = nn.Embedding(config["max_position_embeddings"], dim)
-        self.kind = nn.Embedding(config["type_vocab_size"], dim)
+        # not nn.Embedding(n, dim), which draws twelve million random numbers first
+        self.word, self.position, self.kind = (
+            nn.Embedding.from_pretrained(weights[f"{name}.weight"]) for name in ("word", "position", "kind")
+        )
         self.norm = nn.LayerNorm(dim, eps)
         layer = nn.TransformerEncoderLayer(
             dim,
@@ -167,6 +166,7 @@ class _Bert(nn.Module):
             batch_first=True,
         )
         self.layers = nn.TransformerEncoder(layer, config["num_hidden_layers"], enable_nested_tensor=False)
+        self.load_state_dict(weights, assign=True)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         tokens = self.word(ids) + self.position.weight[: ids.shape[1]] + self.kind.weight[0]

@@ -72,6 +72,8 @@ def search(
     from setemb.cli import usage_errors
 
     with usage_errors():
+        import torch
+
         from setemb.index import SetIndex, embed_texts
         from setemb.model import SetEmbedder
 
@@ -81,7 +83,11 @@ def search(
         folder = model if model is not None else index / "model"
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing: name the model that made the index with --model")
-        found = loaded.search(embed_texts(SetEmbedder.from_pretrained(folder), query), top)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a few words are too little to share: threads that wait for each other cost more
+        queries = embed_texts(SetEmbedder.from_pretrained(folder), query)
+        torch.set_num_threads(threads)
+        found = loaded.search(queries, top)
         results = [
             {
                 "query": text,

@@ -124,8 +124,8 @@ def run_demo(
     result = DemoResult(features, parts, trained, config, seconds, quick)
     with _stage("page", seconds, console):
         write_file(out / "NOTICE.txt", (NOTICE.replace(". ", ".\n") + "\n").encode())
-        write_file(out / "results.json", (json.dumps(summary(result), indent=1) + "\n").encode())
         write_report(result, out / "index.html")
+    write_file(out / "results.json", (json.dumps(summary(result), indent=1) + "\n").encode())
     return result
 
 
