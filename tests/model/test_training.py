@@ -35,16 +35,7 @@ from setemb.training import (
 )
 
 # 128 images in batches of 32: four steps an epoch.
-SETTINGS = [
-    "data.batch_size=32",
-    "data.min_word_count=1",
-    "data.captions_per_image=2",
-    "model.dim=32",
-    "model.sets.dim_head=8",
-    "trainer.progress=false",
-    "trainer.accelerator=cpu",
-    "trainer.log_every=1",
-]
+TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
 STEPS = 4
 
 
@@ -79,7 +70,7 @@ main()
 
 def train_arguments(data: Path, out: Path, ema: float) -> list[str | Path]:
     settings = [f"data.dir={data}", f"trainer.ema_decay={ema}", "trainer.epochs=3", "trainer.checkpoint_every=3"]
-    return ["train", "f8k-grid-bigru", *settings, *SETTINGS, "--out", out]
+    return ["train", TINY, *settings, "--out", out]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +137,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(
 
 def test_training_learns_and_the_commands_agree(tiny_precomp, tmp_path):
     out = tmp_path / "run"
-    arguments = ["train", "f8k-grid-bigru", f"data.dir={tiny_precomp}", *SETTINGS, "trainer.epochs=12", "--out", out]
+    arguments = ["train", TINY, f"data.dir={tiny_precomp}", "trainer.epochs=12", "--out", out]
     trained = run(*arguments)
     assert trained.returncode == 0, trained.stderr
     report_file = tmp_path / "report.json"
@@ -202,10 +193,9 @@ def test_schedules():
         torch.testing.assert_close(retrieval_loss(sim, ids, config, epochs_done), expected)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed"])
-def test_mixed_precision_trains(tiny_precomp, tmp_path, precision):
-    settings = [f"data.dir={tiny_precomp}", *SETTINGS, f"trainer.precision={precision}", "trainer.epochs=3"]
-    train_precomp(load_config("f8k-grid-bigru", settings), tmp_path)
+def test_mixed_precision_trains(tiny_precomp, tmp_path):
+    settings = [f"data.dir={tiny_precomp}", "trainer.precision=bf16-mixed", "trainer.epochs=6", "loss.kind=info_nce"]
+    train_precomp(load_config(TINY, settings), tmp_path)
     rows = [row["loss"] for row in read_metrics(tmp_path) if "loss" in row]
     assert rows[-1] < 0.8 * rows[0]
 
@@ -221,8 +211,8 @@ def test_the_model_fits_real_photographs(tmp_path):
     for split in ("train", "dev"):
         np.save(tmp_path / f"{split}_ims.npy", (grid * scale).astype(np.float16))
         (tmp_path / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
-    settings = [f"data.dir={tmp_path}", *SETTINGS, "loss.kind=info_nce", "trainer.epochs=15"]
-    train_precomp(load_config("f8k-grid-bigru", settings), tmp_path / "run")
+    settings = [f"data.dir={tmp_path}", "loss.kind=info_nce", "trainer.epochs=15"]
+    train_precomp(load_config(TINY, settings), tmp_path / "run")
     report = evaluate_precomp(tmp_path / "run", load_config(None, [f"data.dir={tmp_path}"]).data)
     assert report.text_to_image.r10 > 5 * 100 * 10 / 128
 
