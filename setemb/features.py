@@ -80,14 +80,19 @@ class ImageFeatures:
         return torch.cat(stages[1:], 1)
 
 
-def with_context(grids: np.ndarray) -> np.ndarray:
+def with_context(grids: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
     """float32 ``[n, cells, 3 C]``: each cell of ``[n, cells, C]``, and its picture's maximum and deviation over cells.
 
     A mean over cells then holds all three, which tells drawings apart far better than the mean of the cells alone.
+    ``keep``, int ``[n, kept]``, returns these cells only; the context is that of the whole picture.
     """
-    cells = grids.astype(np.float32)
-    whole = np.concatenate([cells.max(1, keepdims=True), cells.std(1, keepdims=True)], 2)
-    return np.concatenate([cells, np.broadcast_to(whole, (*cells.shape[:2], whole.shape[2]))], 2)
+    all_cells = torch.from_numpy(grids.astype(np.float32))
+    whole = torch.cat([all_cells.amax(1), all_cells.std(1, correction=0)], 1).numpy()
+    cells = all_cells.numpy() if keep is None else np.take_along_axis(all_cells.numpy(), keep[:, :, None], 1)
+    result = np.empty((*cells.shape[:2], 3 * cells.shape[2]), np.float32)
+    result[:, :, : cells.shape[2]] = cells
+    result[:, :, cells.shape[2] :] = whole[:, None]
+    return result
 
 
 class TextFeatures:

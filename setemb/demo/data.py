@@ -124,7 +124,7 @@ class EmojiPairs:
         features: EmojiFeatures,
         members: Sequence[int],
         phrases: Mapping[int, Sequence[str]] | None = None,
-        name_share: float = 0.5,
+        name_share: float = 0.9,
         phrases_per_emoji: int = 2,
         cell_drop: float = 0.2,
     ) -> None:
@@ -139,7 +139,7 @@ class EmojiPairs:
         """The batch of these members; keys and shapes as `setemb.model.Batch` describes."""
         chosen = [self.members[i] for i in indices]
         rows = [len(STYLES) * i + j for i in chosen for j in range(len(STYLES))]
-        grids = with_context(self.features.grids[rows])
+        grids, keep = self.features.grids[rows], None
         if rng is None:
             said, caption_group = [self.features.emojis[i].name for i in chosen], chosen
         else:
@@ -147,11 +147,10 @@ class EmojiPairs:
             caption_group = np.repeat(chosen, self.phrases_per_emoji).tolist()
             cells = grids.shape[1]
             kept = max(1, round(cells * (1 - self.cell_drop)))
-            order = rng.random((len(rows), cells)).argsort(1)[:, :kept]
-            grids = np.take_along_axis(grids, order[:, :, None], 1)
+            keep = rng.random((len(rows), cells)).argsort(1)[:, :kept]
         texts, mask = self.features.captions.batch([self.features.caption_of[phrase] for phrase in said], rng)
         batch = {
-            "images": torch.from_numpy(grids),
+            "images": torch.from_numpy(with_context(grids, keep)),
             "texts": texts,
             "text_mask": mask,
             "image_group": torch.tensor(chosen).repeat_interleave(len(STYLES)),

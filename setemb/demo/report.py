@@ -56,6 +56,7 @@ def write_report(result: DemoResult, path: Path) -> None:
     context = figures | {
         "notice": NOTICE,
         "trained": result.trained,
+        "start": result.start,
         "counts": {part: len(members) for part, members in result.parts.items()},
         "model": result.config.model,
         "settings": result.config,
@@ -76,7 +77,7 @@ def _thumbnail(result: DemoResult, row: int) -> np.ndarray:
     return result.features.thumbnails[len(STYLES) * emoji + row % len(STYLES)]
 
 
-def _examples(result: DemoResult, count: int = 3) -> list[dict[str, Any]]:
+def _examples(result: DemoResult, count: int = 4) -> list[dict[str, Any]]:
     """A few training emoji with their drawings and phrases."""
     rng = np.random.default_rng(4)
     rich = [i for i in result.parts["train"] if len(result.features.emojis[i].keywords) >= 4]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -51,6 +52,9 @@ VARIANTS = (
 )
 
 
+START = Variant("start", "set of 4, before training")
+
+
 @dataclass
 class Trained:
     """A trained model and what it reached on the test part."""
@@ -75,6 +79,8 @@ class DemoResult:
     features: EmojiFeatures
     parts: dict[str, list[int]]
     trained: list[Trained]
+    start: Trained
+    """The first of them before training, see `start_from_least_squares`."""
     config: Config
     seconds: dict[str, float] = field(default_factory=dict)
     quick: bool = False
@@ -104,6 +110,7 @@ def run_demo(
         overrides = ("trainer.epochs=1", "data.batch_size=32", *overrides)
     config = load_config("emoji", overrides)
     out.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it tells of devices and of other products
     torch.manual_seed(config.trainer.seed)
 
     with _stage("features", seconds, console):
@@ -111,17 +118,21 @@ def run_demo(
         n = len(features.emojis)
         test, dev = (TEST_EMOJI, DEV_EMOJI) if not quick else (n // 5, n // 10)
         parts = split(features.emojis, features.thumbnails, test=test, dev=dev, seed=config.trainer.seed)
+        phrases = training_phrases(features.emojis, parts)
     trained = []
     for variant in VARIANTS:
         with _stage(f"training: {variant.label}", seconds, console):
             variant_config = load_config("emoji", (*overrides, *variant.overrides))
-            folder, metrics = train_variant(variant_config, features, parts, out / "runs" / variant.key)
+            variant_config.trainer.progress = console.is_terminal
+            model, metrics = train_variant(variant_config, features, parts, phrases, out / "runs" / variant.key)
         took = seconds[f"training: {variant.label}"]
         with _stage(f"evaluation: {variant.label}", seconds, console):
-            trained.append(evaluate_variant(variant, folder, metrics, features, parts["test"], took))
+            trained.append(evaluate_variant(variant, model, features, parts["test"], metrics, took))
+    with _stage(f"evaluation: {START.label}", seconds, console):
+        start = evaluate_variant(START, new_model(config, features, phrases), features, parts["test"])
     with _stage("index", seconds, console):
         index_emoji(trained[0].model, features).save(out / "index", trained[0].model)
-    result = DemoResult(features, parts, trained, config, seconds, quick)
+    result = DemoResult(features, parts, trained, start, config, seconds, quick)
     with _stage("page", seconds, console):
         write_file(out / "NOTICE.txt", (NOTICE.replace(". ", ".\n") + "\n").encode())
         write_report(result, out / "index.html")
@@ -129,45 +140,47 @@ def run_demo(
     return result
 
 
-def train_variant(
-    config: Config, features: EmojiFeatures, parts: dict[str, list[int]], folder: Path
-) -> tuple[Path, list[dict[str, float]]]:
-    """Trains one model from scratch; returns the folder of the model and the logged metrics."""
-    shutil.rmtree(folder, ignore_errors=True)
-    settings = config.data
-    phrases = training_phrases(features.emojis, parts)
-    train = EmojiPairs(
-        features,
-        parts["train"],
-        phrases,
-        phrases_per_emoji=settings.captions_per_image,
-        cell_drop=settings.region_drop,
-    )
-    config.model.image.dim_in = train.batch([0], None)["images"].shape[2]
+def new_model(config: Config, features: EmojiFeatures, phrases: Mapping[int, Sequence[str]]) -> SetEmbedder:
+    """A model where training starts; fills in the sizes in ``config.model``."""
+    config.model.image.dim_in = with_context(features.grids[:1]).shape[2]
     config.model.text.dim_in = features.captions.states.shape[1]
     torch.manual_seed(config.trainer.seed)
     model = SetEmbedder(config.model)
     start_from_least_squares(model, features, phrases)
-    data = RetrievalDataModule(
-        train, EmojiPairs(features, parts["dev"]), settings.batch_size, config.trainer.seed, settings.workers
+    return model
+
+
+def train_variant(
+    config: Config,
+    features: EmojiFeatures,
+    parts: Mapping[str, Sequence[int]],
+    phrases: Mapping[int, Sequence[str]],
+    folder: Path,
+) -> tuple[SetEmbedder, list[dict[str, float]]]:
+    """Trains one model, in place of one that the folder holds; returns it and the logged metrics."""
+    shutil.rmtree(folder, ignore_errors=True)
+    data = config.data
+    train = EmojiPairs(
+        features, parts["train"], phrases, phrases_per_emoji=data.captions_per_image, cell_drop=data.region_drop
     )
-    return fit(config, model, data, folder), read_metrics(folder)
+    dev = EmojiPairs(features, parts["dev"])
+    module = RetrievalDataModule(train, dev, data.batch_size, config.trainer.seed, data.workers)
+    return load_model(fit(config, new_model(config, features, phrases), module, folder)), read_metrics(folder)
 
 
 def evaluate_variant(
     variant: Variant,
-    folder: Path,
-    metrics: list[dict[str, float]],
+    model: SetEmbedder,
     features: EmojiFeatures,
     members: Sequence[int],
-    seconds: float,
+    metrics: Sequence[dict[str, float]] = (),
+    seconds: float = 0.0,
 ) -> Trained:
     """Recall of the names and of both drawings of unseen emoji, and the precision of the keywords that they share."""
-    model = load_model(folder)
     encoded = encode_dataset(model, EmojiPairs(features, members))
     pictures, names = (torch.cat([batch[i] for batch in encoded]) for i in (0, 1))
     precision = keyword_precision(model, pictures, features, members)
-    return Trained(variant, model, evaluate_sets(model, encoded), precision, pictures, names, metrics, seconds)
+    return Trained(variant, model, evaluate_sets(model, encoded), precision, pictures, names, list(metrics), seconds)
 
 
 def shared_keywords(features: EmojiFeatures, members: Sequence[int], at_least: int = 5) -> dict[str, list[int]]:
@@ -240,7 +253,7 @@ def summary(result: DemoResult) -> dict[str, Any]:
                 "dev_rsum": max((row["dev/rsum"] for row in t.metrics if "dev/rsum" in row), default=None),
                 "seconds": t.seconds,
             }
-            for t in result.trained
+            for t in (*result.trained, result.start)
         },
         "chance": {
             "text_to_image": {f"r{k}": chance(pictures, len(STYLES), k) for k in (1, 5, 10)},

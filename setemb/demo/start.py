@@ -23,13 +23,13 @@ from setemb.features import with_context
 from setemb.model import SetEmbedder
 from setemb.modules import RegionEncoder
 
-RIDGE = 0.4
+RIDGE = 0.5
 """l: the penalty on W relative to the variance of a standardised feature."""
 WHITENING = 3.0
 """w: 0 whitens fully, infinity not at all."""
 PHRASE_SHARE = 0.2
 """Of the mean of all training phrases in an emoji's target; the rest is its name."""
-SLOT_SCALE = 0.3
+SLOT_SCALE = 0.25
 """First weight of the slots' last layer norm: the global vectors decide at the start."""
 
 

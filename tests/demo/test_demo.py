@@ -92,7 +92,7 @@ def test_the_page_stands_alone_and_is_whole(out: Path) -> None:
 
 def test_the_figures_are_those_of_the_models(out: Path) -> None:
     figures = json.loads((out / "results.json").read_text())
-    assert set(figures["test"]) == {"set", "mil", "one"}
+    assert set(figures["test"]) == {"set", "mil", "one", "start"}
     assert figures["emoji"]["test"] == 40
     for entry in figures["test"].values():
         ways = [entry["text_to_image"], entry["image_to_text"]]
