@@ -28,7 +28,8 @@ copy engine. (These are counts, not timings.)
       beside the products. Sums over chunks cost 8 D (4096 + 4096) bytes a chunk, another 4 GB. The plain products
       are those of cuBLAS.
 
-By this count (b) wins for D > 128; below, both are bound by the exponentials, of which (a) has twice as many. Hence (b).
+By this count (b) wins for D > 128; below, both are bound by the exponentials, of which (a) has twice as many.
+Hence (b).
 
 **Range.** Sets whose vectors are so long that a dot product could overflow are packed times a power of two. Each
 kernel is launched in two variants, and reads on the device which one serves: where Cauchy-Schwarz bounds |alpha c|
@@ -93,30 +94,29 @@ def _next_power_of_two(n: int) -> int:
 
 def forward_config(K: int, L: int, D: int, dtype: torch.dtype, arch: int, shifted: bool = False) -> Config:
     """Tile sizes of the forward kernel; arch is 10 * major + minor of the compute capability."""
-    return _config(K, L, dtype, arch, (128, 128) if shifted else (128, 256), shifted, stages=4)
+    return _config(K, L, dtype, arch, rows=128, shifted=shifted, stages=4)
 
 
 def backward_config(K: int, L: int, D: int, dtype: torch.dtype, arch: int, shifted: bool = False) -> Config:
     """Tile sizes of the kernel that makes chunks of W."""
-    columns = 256 if 90 <= arch < 100 else 128
-    return _config(K, L, dtype, arch, (64, 128) if shifted else (128, columns), shifted, stages=3)
+    return _config(K, L, dtype, arch, rows=64 if shifted else 128, shifted=shifted, stages=3)
 
 
-def _config(K: int, L: int, dtype: torch.dtype, arch: int, tile: tuple[int, int], shifted: bool, stages: int) -> Config:
-    """`tile` where it fits: what the compiler can hold in registers without a spill, read off for each kind of chip.
+def _config(K: int, L: int, dtype: torch.dtype, arch: int, rows: int, shifted: bool, stages: int) -> Config:
+    """What the compiler holds in registers without a spill, read off for each kind of chip.
 
     Tensor cores of sm_100 leave one row to a thread, so that sums over k go through shuffles; float32 products use no
     tensor cores and hold both operands in registers; where K or L is below 4, there is a pair for every few scores. All
     three take small tiles.
     """
     slots_x, slots_y = _next_power_of_two(K), _next_power_of_two(L)
-    (rows, columns), part = tile, 128
+    columns, part = 128 if shifted or not 90 <= arch < 100 else 256, 128
     if min(slots_x, slots_y) < 4:
         rows, columns, part = (64, 32, 32) if dtype == torch.float32 or arch >= 100 else (64, 64, 64)
     elif dtype == torch.float32:
         rows, columns, part = 32 if shifted else 64, 64, 64
     elif arch >= 100:
-        rows, columns, part = (64, 64, 64) if shifted else (128, 128, 64)
+        rows, columns, part = (64, 32, 32) if shifted else (128, 64, 32)
     rows, part = max(rows, slots_x), max(part, slots_y)
     columns = part if slots_x > 128 else max(columns, part)
     return Config(

@@ -391,7 +391,7 @@ def _entropy(c, unit, axis: tl.constexpr):
     """``sum over the other slots of log2 sum e - sum p z``: the entropies, in bits, of the softmaxes over one axis."""
     pairs: tl.constexpr = (c.shape[0], c.shape[2], c.shape[4])
     z, e, total, _ = _shifted(c, axis, unit)
-    mean = tl.sum(tl.where(e > 0, e * z, 0.0), axis, keep_dims=True) / total
+    mean = tl.sum(e * tl.maximum(z, -1e4), axis, keep_dims=True) / total
     other: tl.constexpr = 4 - axis
     return tl.reshape(_sum_of_log2(total, other) - tl.sum(mean, other), pairs)
 
@@ -421,7 +421,7 @@ def _store_weights(
         if NEED_ALPHA:
             entropy = x_weight * _entropy(c, unit, 3) + y_weight * _entropy(c, unit, 1)
             part = tl.where(exists, _ldexp(g, -exponent) * entropy, 0.0)
-            tl.store(alpha_part, tl.sum(tl.sum(tl.sum(part, 2), 1), 0))
+            tl.store(alpha_part, tl.sum(tl.reshape(part, (part.numel,)), 0))
         if NEED_CHUNK:
             g = _ldexp(g, chunk_exponent + x_exponent + y_exponent)
             w = _weights_shifted(c, g * x_weight, g * y_weight, unit)
