@@ -16,6 +16,7 @@ of the step, and the data is a function of the same two numbers (`setemb.data.lo
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,10 @@ from setemb.evaluation import RecallReport, evaluate_retrieval
 from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import TransformerTextEncoder
+
+# Its remarks on devices and services are of no use here; its warnings stay.
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class RetrievalModule(pl.LightningModule):
