@@ -1,7 +1,7 @@
 """Writes the README's tables of figures from the files under benchmarks/results, and from nothing else.
 
-    python -m benchmarks.report          # print
-    python -m benchmarks.report --write  # into README.md, between the markers
+python -m benchmarks.report          # print
+python -m benchmarks.report --write  # into README.md, between the markers
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ def _table(content: dict[str, Any]) -> str:
         ms = row["milliseconds"]
         peers = [f"{ms[p] / ms['ours']:.1f}" if p in ms else "" for p in ("eager", "compiled")]
         floor = " (three products)" if row["floor"] == "three products" else ""
-        lines.append(
-            f"| {row['op']} {row['name']} | {ms['floor']:.1f}{floor} | {ms['ours']:.1f} | {row['ratio']:.2f} | {peers[0]} | {peers[1]} |"
-        )
+        cells = [f"{row['op']} {row['name']}", f"{ms['floor']:.1f}{floor}", f"{ms['ours']:.1f}", f"{row['ratio']:.2f}"]
+        lines.append(f"| {' | '.join(cells + peers)} |")
     if memory:
         lines += ["", "| peak memory beyond inputs, result and gradients | |", "|---|---|", *memory]
     return "\n".join(lines) + "\n"
