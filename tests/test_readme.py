@@ -1,0 +1,27 @@
+"""What the README says is what the repository holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.report import END, START, tables
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_figures_come_from_the_result_files() -> None:
+    inside = (ROOT / "README.md").read_text().split(START)[1].split(END)[0].lstrip("\n")
+    assert inside == tables().lstrip("\n"), "run `python -m benchmarks.report --write`"
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z]+)", (ROOT / "README.md").read_text()):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
