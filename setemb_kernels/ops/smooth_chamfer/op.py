@@ -47,7 +47,8 @@ def smooth_chamfer(
 
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
-        y: ``[M, L, D]`` of the same dtype and device; K and L may differ.
+        y: ``[M, L, D]`` of the same dtype and device; K and L may differ. The Triton kernel takes up to 256 vectors in
+            the larger sets and 128 in the others; the CPU has no limit.
         alpha: sharpness, a finite number > 0, or a 0-dim tensor (CPU or the device of x) that may require a gradient.
             On a GPU the value of a tensor that lives there is not checked (that would wait for the device); one that
             is not positive gives meaningless numbers.
