@@ -85,8 +85,8 @@ CHUNK_COLUMNS = 4096
 
 MAX_VECTORS = (256, 128)
 """The larger and the smaller of K and L may be at most this, so that a tile holds whole sets. The sizes in
-tests/kernels/test_triton_aot.py are compiled without spills; a few others spill some bytes (K = 32, L = 4, masked, with a
-gradient for alpha, on sm_90: 24), and above 64 vectors more do."""
+tests/kernels/test_triton_aot.py are compiled without spills; a few others spill some bytes (K = 32, L = 4, masked,
+with a gradient for alpha, on sm_90: 24), and above 64 vectors more do."""
 
 
 def _next_power_of_two(n: int) -> int:
