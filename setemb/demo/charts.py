@@ -19,7 +19,7 @@ def grouped_bars(groups: Sequence[str], series: Mapping[str, tuple[str, Sequence
     """
     height, base, top = 250, 210, 22
     highest = max((value for _, values in series.values() for value in values), default=0.0)
-    limit = max(10.0, 10 * -(-highest // 10))
+    limit = max(20.0, 20 * -(-highest // 20))
     group_width = WIDTH / len(groups)
     bar = 0.8 * group_width / len(series)
     parts = [_grid([limit * i / 4 for i in range(5)], lambda v: base - (base - top) * v / limit, "{:.0f}")]

@@ -33,7 +33,7 @@ from setemb.model import SetEmbedder
 from setemb.similarity import Similarity
 from setemb.training import encode_dataset, evaluate_sets, fit, load_model, read_metrics
 
-TEST_EMOJI, DEV_EMOJI = 383, 191
+TEST_EMOJI, DEV_EMOJI = 383, 96
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def run_demo(
         features = _load_features(cache, quick, console)
         n = len(features.emojis)
         test, dev = (TEST_EMOJI, DEV_EMOJI) if not quick else (n // 5, n // 10)
-        parts = split(features.emojis, features.thumbnails, test=test, dev=dev, seed=config.trainer.seed)
+        parts = split(features.emojis, features.thumbnails, test=test, dev=dev)
         phrases = training_phrases(features.emojis, parts)
     trained = []
     for variant in VARIANTS:

@@ -23,7 +23,7 @@ from setemb.features import with_context
 from setemb.model import SetEmbedder
 from setemb.modules import RegionEncoder
 
-RIDGE = 0.5
+RIDGE = 0.8
 """l: the penalty on W relative to the variance of a standardised feature."""
 WHITENING = 3.0
 """w: 0 whitens fully, infinity not at all."""
