@@ -1,0 +1,87 @@
+"""``setemb index`` and ``setemb search`` on a folder of the precomputed format, with a model that reads words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("omegaconf")
+pytest.importorskip("lightning")
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Path:
+    """Twelve images of 3 regions and five captions each, and an untrained model."""
+    from setemb.config import ModelConfig
+    from setemb.data.vocab import Vocabulary
+    from setemb.model import SetEmbedder
+
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "dev_ims.npy", rng.normal(size=(12, 3, 8)).astype(np.float16))
+    captions = [f"a picture of thing {i}, said {j} times" for i in range(12) for j in range(5)]
+    (tmp_path / "dev_caps.txt").write_text("\n".join(captions) + "\n")
+    vocabulary = Vocabulary.build(captions, 1)
+    config = ModelConfig(dim=16)
+    config.image.dim_in, config.text.vocab_size = 8, len(vocabulary)
+    torch.manual_seed(0)
+    SetEmbedder(config, vocabulary).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    from typer.testing import CliRunner
+
+    from setemb.cli import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def test_index_and_search_a_folder(collection: Path) -> None:
+    index = collection / "index"
+    code, output = call("index", collection / "model", "--data", collection, "--out", index, "--half")
+    assert code == 0, output
+    assert "12 images" in output
+    code, output = call("search", "--index", index, "-k", "20", "--json", "thing 3")
+    assert code == 0, output
+    (result,) = json.loads(output)
+    assert sorted(hit["id"] for hit in result["results"]) == sorted(f"dev/{i}" for i in range(12))
+    first = result["results"][0]
+    assert first["captions"][4] == f"a picture of thing {first['row']}, said 4 times"
+    code, output = call("search", "--index", index, "--html", collection / "page.html", "thing 3")
+    assert code == 0, output
+    assert "dev/" in (collection / "page.html").read_text()
+
+
+def test_the_index_holds_what_the_model_says(collection: Path) -> None:
+    from setemb.index import SetIndex, embed_images
+    from setemb.model import SetEmbedder
+
+    code, output = call("index", collection / "model", "--data", collection, "--out", collection / "index")
+    assert code == 0, output
+    model = SetEmbedder.from_pretrained(collection / "model")
+    expected = embed_images(model, np.load(collection / "dev_ims.npy"), batch_size=5)
+    loaded = SetIndex.load(collection / "index")
+    torch.testing.assert_close(torch.from_numpy(np.array(loaded.vectors)), expected)
+
+
+def test_a_folder_of_something_else_is_not_overwritten(collection: Path) -> None:
+    code, output = call("index", collection / "model", "--data", collection, "--out", collection)
+    assert code == 2
+    assert "is not an index" in " ".join(output.split())
+    assert (collection / "dev_caps.txt").is_file()
+
+
+def test_an_altered_index_is_one_sentence(collection: Path) -> None:
+    call("index", collection / "model", "--data", collection, "--out", collection / "index")
+    path = collection / "index" / "vectors.npy"
+    path.write_bytes(path.read_bytes()[:-7])
+    code, output = call("search", "--index", collection / "index", "thing")
+    assert code == 2
+    assert "vectors.npy was cut short or altered" in " ".join(output.split())
+    assert "Traceback" not in output
