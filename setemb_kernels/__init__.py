@@ -2,8 +2,9 @@
 
 from setemb_kernels._version import __version__
 from setemb_kernels.backends import Backend, backends, build_info, load_cpu_module
+from setemb_kernels.ops.slot_attention.op import slot_attention
 from setemb_kernels.ops.smooth_chamfer.op import smooth_chamfer
 
 load_cpu_module()
 
-__all__ = ["Backend", "__version__", "backends", "build_info", "smooth_chamfer"]
+__all__ = ["Backend", "__version__", "backends", "build_info", "slot_attention", "smooth_chamfer"]

@@ -8,40 +8,51 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SETS = ("sets", "vectors", "features")
+SLOTS = ("batch", "heads", "slots", "features")
+TOKENS = ("batch", "heads", "tokens", "features")
 
 
-def embedding_sets(name: str, value: Tensor) -> None:
-    """`value` is a floating tensor ``[sets, vectors, features]``."""
+def floating(name: str, value: Tensor, axes: tuple[str, ...]) -> None:
+    """`value` is a floating tensor with these axes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dim() != 3:
-        raise ValueError(f"{name}: expected 3 dimensions [sets, vectors, features], got shape {list(value.shape)}")
+    if value.dim() != len(axes):
+        raise ValueError(f"{name}: expected {len(axes)} dimensions [{', '.join(axes)}], got shape {list(value.shape)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {_dtype(value.dtype)}")
 
 
-def matching_sets(x: Tensor, y: Tensor) -> None:
-    """x and y share features, dtype and device."""
-    if x.shape[2] != y.shape[2]:
-        raise ValueError(f"y: expected {x.shape[2]} features as in x, got {y.shape[2]} (shape {list(y.shape)})")
-    if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"y: expected {_dtype(x.dtype)} as in x, got {_dtype(y.dtype)}")
-    if x.device != y.device:
-        raise ValueError(f"y: expected device {x.device} as of x, got {y.device}")
+def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Both have one dtype (under autocast they will have) and one device."""
+    if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        raise TypeError(f"{name}: expected {_dtype(other.dtype)} as in {other_name}, got {_dtype(value.dtype)}")
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as of {other_name}, got {value.device}")
 
 
-def mask(name: str, value: Tensor | None, sets_name: str, sets: Tensor) -> None:
-    """`value` is None or a boolean ``[sets, vectors]`` beside `sets`."""
+def same_size(name: str, value: Tensor, other_name: str, other: Tensor, axes: dict[int, str]) -> None:
+    """Both have one size along each of these axes (number -> what lies along it)."""
+    for axis, what in axes.items():
+        if value.shape[axis] != other.shape[axis]:
+            raise ValueError(
+                f"{name}: expected {other.shape[axis]} {what} as in {other_name}, got {value.shape[axis]}"
+                f" (shape {list(value.shape)})"
+            )
+
+
+def mask(name: str, value: Tensor | None, expected: tuple[int, ...], of_name: str, of: Tensor) -> None:
+    """`value` is None or boolean, of the `expected` shape, on the device of `of`."""
     if value is None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a boolean torch.Tensor or None, got {type(value).__name__}")
     if value.dtype != torch.bool:
         raise TypeError(f"{name}: expected bool (True = valid), got {_dtype(value.dtype)}")
-    if value.shape != sets.shape[:2]:
-        raise ValueError(f"{name}: expected shape {list(sets.shape[:2])} as of {sets_name}, got {list(value.shape)}")
-    if value.device != sets.device:
-        raise ValueError(f"{name}: expected device {sets.device} as of {sets_name}, got {value.device}")
+    if value.shape != expected:
+        raise ValueError(f"{name}: expected shape {list(expected)} as of {of_name}, got {list(value.shape)}")
+    if value.device != of.device:
+        raise ValueError(f"{name}: expected device {of.device} as of {of_name}, got {value.device}")
 
 
 def sharpness(name: str, value: float | Tensor, device: torch.device) -> Tensor:
@@ -65,6 +76,14 @@ def positive_and_finite(name: str, value: float) -> None:
     """`value` > 0, not NaN, not infinite."""
     if not 0 < value < math.inf:  # false for NaN; traceable, unlike math.isfinite
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+
+
+def not_negative_and_finite(name: str, value: float) -> None:
+    """`value` >= 0, not NaN, not infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("setemb", "FRAGMENT")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -35,8 +36,14 @@ def register_autocast(qualified_name: str, *, cast: int) -> None:
 
         def autocast(*args: Any, _device: str = device, _key: str = key) -> Any:
             dtype = torch.get_autocast_dtype(_device)
-            cast_args = [a.to(dtype) if a.is_floating_point() and a.dtype != torch.float64 else a for a in args[:cast]]
+            cast_args = [_cast(a, dtype) for a in args[:cast]]
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))):
                 return op(*cast_args, *args[cast:])
 
         _LIBRARY.impl(name, autocast, key)
+
+
+def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if value is None or not value.is_floating_point() or value.dtype == torch.float64:
+        return value
+    return value.to(dtype)

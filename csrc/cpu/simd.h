@@ -209,21 +209,26 @@ inline float to_float(float16_t v) {
 #endif
 }
 
-// Rounded to nearest even; what is out of range becomes the largest finite value, NaN stays.
+// The largest finite value of T, in the type it is computed in.
+template <class T>
+inline constexpr auto kLargest = Format<T>::largest;
+template <>
+inline constexpr float kLargest<bfloat16_t> = 0x1.fep127f;
+template <>
+inline constexpr float kLargest<float16_t> = 65504.f;
+
+// Rounded to nearest even; what is out of range becomes infinite, NaN stays.
 template <class Out, class T>
-inline Out saturate(T v) {
+inline Out round_to(T f) {
   if constexpr (std::is_floating_point_v<Out>) {
-    return v > Format<Out>::largest ? Format<Out>::largest : v < -Format<Out>::largest ? -Format<Out>::largest : v;
+    return f;
   } else {
     uint32_t bits;
     if constexpr (std::is_same_v<Out, bfloat16_t>) {
-      const float largest = 0x1.fep127f;
-      const float f = v > largest ? largest : v < -largest ? -largest : v;
       std::memcpy(&bits, &f, 4);
       if (f != f) return {0x7fc0};
       return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
     } else {
-      const float f = v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v;
 #if defined(__F16C__)
       return {static_cast<uint16_t>(_cvtss_sh(f, 0))};
 #else
@@ -231,6 +236,7 @@ inline Out saturate(T v) {
       const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
       bits &= 0x7fffffffu;
       if (f != f) return {static_cast<uint16_t>(sign | 0x7e00u)};
+      if (bits >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more
       if (bits < 0x38800000u) {  // below 2^-14: a multiple of 2^-24
         float magnitude;
         std::memcpy(&magnitude, &bits, 4);
@@ -243,6 +249,13 @@ inline Out saturate(T v) {
 #endif
     }
   }
+}
+
+// The same, but what is out of range becomes the largest finite value.
+template <class Out, class T>
+inline Out saturate(T v) {
+  constexpr T largest = kLargest<Out>;
+  return round_to<Out>(v > largest ? largest : v < -largest ? -largest : v);
 }
 
 }  // namespace setemb

@@ -284,13 +284,14 @@ class SmoothChamfer {
   }
 
  public:
+  // Out of range a gradient becomes infinite, as of any other op: a loss scaler looks for that.
   static void convert(const T* sum, In* out, int64_t count, int shrink) {
     const T low = static_cast<T>(std::ldexp(1.0, shrink / 2)),
             high = static_cast<T>(std::ldexp(1.0, shrink - shrink / 2));
     constexpr int64_t piece = 1 << 16;
     run_tasks(div_up(count, piece), [&](int64_t task, int64_t) {
       for (int64_t i = task * piece; i < std::min(count, (task + 1) * piece); ++i)
-        out[i] = saturate<In>(sum[i] * low * high);
+        out[i] = round_to<In>(sum[i] * low * high);
     });
   }
 

@@ -31,9 +31,13 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_the_compiled_module_serves_the_cpu() -> None:
-    row = next(b for b in backends() if b.op == "smooth_chamfer" and b.device == "cpu")
-    assert row.implementation == f"c++ {SUPPORTED[0]}", row.reason
-    assert row.reason == ""
+    rows = [b for b in backends() if b.device == "cpu"]
+    assert {row.op for row in rows} == {"slot_attention", "smooth_chamfer"}
+    for row in rows:
+        assert row.implementation == f"c++ {SUPPORTED[0]}", row.reason
+        assert row.reason == ""
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"setemb::{row.op}", "CPU")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"setemb::{row.op}_backward", "CPU")
     info = build_info()
     assert info is not None
     assert info["capability"] == SUPPORTED[0]
@@ -47,7 +51,7 @@ def test_every_case_on_lesser_capabilities(capability: str) -> None:
     served = python("-m", "setemb_kernels", ATEN_CPU_CAPABILITY=capability)
     assert f"c++ {capability}" in served.stdout
     run = python(
-        *("-m", "pytest", "-x", "tests/kernels/test_smooth_chamfer.py", "tests/kernels/test_contract.py"),
+        *("-m", "pytest", "-x", "tests/kernels/smooth_chamfer", "tests/kernels/slot_attention"),
         *("-k", "test_op or published or dot_product or not_finite"),
         ATEN_CPU_CAPABILITY=capability,
     )

@@ -42,8 +42,8 @@ def smooth_chamfer(
     normalised.
 
     Nothing of size ``N M K L`` is stored, in the forward or in the backward pass. The result is finite for finite
-    input: what would overflow saturates at the largest finite value. A NaN reaches only the pairs of the set that
-    holds it.
+    input: what would overflow saturates at the largest finite value. A gradient is infinite where its value is out of
+    range of its dtype (as a loss scaler expects), and only there. A NaN reaches only the pairs of the set that holds it.
 
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
@@ -66,11 +66,12 @@ def smooth_chamfer(
 
     Source: Kim, Kim, Kwak, "Improving Cross-Modal Retrieval with Set of Diverse Embeddings", CVPR 2023, equation 3.
     """
-    _check.embedding_sets("x", x)
-    _check.embedding_sets("y", y)
-    _check.matching_sets(x, y)
-    _check.mask("x_mask", x_mask, "x", x)
-    _check.mask("y_mask", y_mask, "y", y)
+    _check.floating("x", x, _check.SETS)
+    _check.floating("y", y, _check.SETS)
+    _check.same_size("y", y, "x", x, {2: "features"})
+    _check.like("y", y, "x", x)
+    _check.mask("x_mask", x_mask, x.shape[:2], "x", x)
+    _check.mask("y_mask", y_mask, y.shape[:2], "y", y)
     sharpness = _check.sharpness("alpha", alpha, x.device)
     result: Tensor = torch.ops.setemb.smooth_chamfer(x, y, sharpness, x_mask, y_mask)
     return result

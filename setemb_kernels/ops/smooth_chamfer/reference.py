@@ -12,7 +12,9 @@ c)) / alpha`` is ``(sum p c - log(sum exp(alpha c)) / alpha) / alpha = -H(p) / a
 size of alpha c cancels.
 
 Finite for any finite input: dot products that could leave the range of the accumulation type are computed on operands
-scaled by a power of two (exact), and results saturate at the largest finite value of their type.
+scaled by a power of two (exact), and the similarity saturates at the largest finite value of its type. So are sums of
+gradients; a gradient whose value is out of range of its type becomes infinite, as of any other op: a loss scaler looks
+for that.
 
 16-bit inputs are computed in float32, float32 and float64 in themselves. Rows of x are processed in blocks, so that the
 working memory is bounded (``BLOCK_ELEMENTS`` scores) whatever N and M.
@@ -96,9 +98,9 @@ def backward(
             grad_alpha -= (entropy.double() * grad[rows].double()).sum()
     empty = x.new_empty(0)
     return (
-        empty if grad_x is None else _saturate(_ldexp(grad_x, shrink), x.dtype),
-        x.new_empty(0) if grad_y is None else _saturate(_ldexp(grad_y, shrink), y.dtype),
-        _saturate(grad_alpha / alpha.double().to(x.device).square(), alpha.dtype).to(alpha.device)
+        empty if grad_x is None else _ldexp(grad_x, shrink).to(x.dtype),
+        x.new_empty(0) if grad_y is None else _ldexp(grad_y, shrink).to(y.dtype),
+        (grad_alpha / alpha.double().to(x.device).square()).to(alpha.device, alpha.dtype)
         if need_alpha
         else x.new_empty(0),
     )

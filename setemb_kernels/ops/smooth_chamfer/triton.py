@@ -339,7 +339,7 @@ def _unpack(
     kernels.unpack_kernel[(triton.cdiv(last - first, block["SETS"]),)](
         sums, mask, like.stats, exponents, out, first, last, K, D, sums.shape[1], like.sets, *_strides(mask),
         HAS_MASK=mask is not None, SLOTS=like.slots, GROUP=like.group, **block,
-        LIMIT=torch.finfo(out.dtype).max, enable_fp_fusion=True,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -374,8 +374,8 @@ def _alpha_gradient(parts: Tensor, exponents: Tensor, alpha: Tensor) -> Tensor:
     """From sums of entropy (in bits) times gradient (divided by a power of two); on the device of parts."""
     sharpness: Any = float(alpha) if _on_host(alpha) else alpha.double()
     total = parts.sum(dtype=torch.float64) * exponents[0].double().exp2() * -math.log(2)
-    limit = torch.finfo(alpha.dtype).max
-    return (total / sharpness / sharpness).clamp(-limit, limit).to(alpha.dtype)
+    gradient: Tensor = total / sharpness / sharpness
+    return gradient.to(alpha.dtype)
 
 
 # --- ahead of time
@@ -404,7 +404,7 @@ def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool 
     block = _block(slots_x, triton.cdiv(D, 64) * 64, 4096)
     layout = {"HAS_MASK": masked, "SLOTS": slots_x, "GROUP": group, **block}
     yield _build(kernels.pack_kernel, dtype, {**layout, "LARGEST_EXPONENT": 56, "stride_d": 1}, {})
-    yield _build(kernels.unpack_kernel, dtype, {**layout, "LIMIT": limit}, {})
+    yield _build(kernels.unpack_kernel, dtype, layout, {})
     for shifted in (False, True):
         config = forward_config(K, L, D, dtype, arch, shifted)
         yield _build(kernels.forward_kernel, dtype, {**shared, "SHIFTED": shifted, "LIMIT": limit}, config.launch())

@@ -167,9 +167,8 @@ def unpack_kernel(
     last,  # the set after the last one in packed
     K, D, features, sets, mask_stride_n, mask_stride_k,
     HAS_MASK: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, BLOCK_D: tl.constexpr,
-    LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """A program writes the gradients of SETS sets."""
+    """A program writes the gradients of SETS sets. Out of range they become infinite, as of any other op."""
     local = tl.program_id(0).to(tl.int64) * SETS + tl.arange(0, SETS)[:, None]
     n = first + local
     slot = tl.arange(0, SLOTS)[None, :]
@@ -185,8 +184,7 @@ def unpack_kernel(
     for start in range(0, D, BLOCK_D):
         inside = d < D - start
         block = tl.load(source + start, mask=is_valid[:, :, None] & inside, other=0)
-        block = _saturate(_ldexp(block, shift), LIMIT)
-        tl.store(target + start, block.to(out.dtype.element_ty), mask=exists[:, :, None] & inside)
+        tl.store(target + start, _ldexp(block, shift).to(out.dtype.element_ty), mask=exists[:, :, None] & inside)
 
 
 # --- tiles of scores

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from setemb_kernels import smooth_chamfer
 
-PUBLISHED = np.load(Path(__file__).parent.parent / "data" / "published_similarity.npz")
+PUBLISHED = np.load(Path(__file__).parents[2] / "data" / "published_similarity.npz")
 
 
 def sets(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

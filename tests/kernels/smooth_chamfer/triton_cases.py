@@ -1,14 +1,10 @@
 """What `test_triton` runs in a process of its own: the case table, and what only this backend has.
 
-On a GPU, or interpreted: then in float32 and float16, as numpy has no bfloat16. The interpreter notices no access
-out of bounds. So the table has inputs inside larger buffers of NaN ("sliced"), and what the backend allocates
-starts as NaN and has margins.
+On a GPU, or interpreted: then in float32 and float16, as numpy has no bfloat16. Inputs inside larger buffers of NaN
+("sliced") and `guarded_memory` show accesses out of bounds.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -20,33 +16,13 @@ import triton.language as tl  # noqa: E402
 
 from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton_kernels  # noqa: E402
-from tests.kernels.cases import CASES, Case, Inputs, cases, check, reference_results  # noqa: E402
+from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
+from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, reference_results  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 TABLE = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for dtype in DTYPES for case in cases(dtype)]
 NAMED = {case.name: case for case in CASES}
-
-
-@pytest.fixture(autouse=True)
-def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let what new_empty returns hold NaN, between margins that no kernel may write to."""
-    allocate, margin, guarded = torch.Tensor.new_empty, 4096, []
-
-    def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-        if options:  # the interpreter's own
-            return allocate(self, *size, dtype=dtype, **options)
-        shape = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
-        memory = allocate(self, shape.numel() + 2 * margin, dtype=dtype)
-        memory.fill_(float("nan") if memory.is_floating_point() else 77)
-        guarded.append(memory)
-        return memory[margin : margin + shape.numel()].view(shape)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    yield
-    for memory in guarded:
-        for guard in (memory[:margin], memory[-margin:]):
-            assert (guard.isnan() if guard.is_floating_point() else guard == 77).all(), "written out of bounds"
 
 
 def run(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

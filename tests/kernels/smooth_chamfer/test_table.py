@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import smooth_chamfer
-from tests.kernels.cases import Case, Inputs, cases, check, reference_results
+from tests.kernels.smooth_chamfer.cases import Case, Inputs, cases, check, reference_results
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TABLE = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for dtype in DTYPES for case in cases(dtype)]
