@@ -58,7 +58,7 @@ def optimisation() -> list[str]:
 
 def cpu_module(capability: str, flags: list[str]) -> Extension:
     name = f"_C_{capability}"
-    sources = ["csrc/cpu/module.cpp", "csrc/cpu/smooth_chamfer.cpp"]
+    sources = [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc/cpu").glob("*.cpp"))]
     return CppExtension(
         f"setemb_kernels.{name}",
         extra_compile_args=[*optimisation(), "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *flags],

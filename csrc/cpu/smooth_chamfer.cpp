@@ -307,9 +307,6 @@ class SmoothChamfer {
   std::vector<Scratch<P>> scratch_;
 };
 
-template <class In>
-using AccOf = std::conditional_t<std::is_same_v<In, double>, double, float>;
-
 // Calls f with the fastest policy that serves In on this processor and these values.
 template <class In, class F>
 void with_policy(const ChamferProblem& problem, const F& f) {
@@ -359,20 +356,6 @@ void backward_as(ChamferProblem problem, StridedMatrix grad, ChamferGradients ou
     }
     if (alpha != nullptr) *out.alpha = -std::ldexp(entropy, shrink) / problem.alpha / problem.alpha;
   });
-}
-
-template <class F>
-void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kBFloat16:
-      return f(bfloat16_t{});
-    case DType::kFloat16:
-      return f(float16_t{});
-  }
 }
 
 }  // namespace

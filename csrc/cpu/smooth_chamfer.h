@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace setemb {
 
 // One batch of sets, [sets, vectors, features] with unit stride over features.
@@ -32,8 +34,6 @@ struct ChamferGradients {
   void* y;
   double* alpha;
 };
-
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // out is contiguous [N, M].
 void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out);

@@ -1,0 +1,164 @@
+// Products of a few rows with many: what is left of a matrix product where one side is a handful of slots.
+//
+// Rows are given by pointers, unit stride within, so that nothing is packed or copied: with few rows on one side, packing
+// the other would cost as much as the product. A row that is not wanted (masked) is simply not in the list.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "simd.h"
+
+namespace setemb {
+
+// Rows of `dots` and `combine` come in tiles of so many; lists and buffers are padded to whole ones.
+template <class T>
+inline constexpr int kDotRows = kLanes<T> >= 8 ? 4 : 2;  // of a
+template <class T>
+inline constexpr int kDotColumns = kLanes<T> / kDotRows<T>;  // rows of b: a tile has as many sums as a vector has lanes
+inline constexpr int kCombineRows = 4;
+#if defined(__AVX512F__)
+inline constexpr int kCombineVectors = 4;
+#else
+inline constexpr int kCombineVectors = 2;
+#endif
+// Every list of rows is padded to a multiple of this.
+inline constexpr int kRowPadding = 4;
+
+// The first n < kLanes values, then zeros.
+template <class T>
+inline Vec<T> load_part(const T* p, int64_t n) {
+  Vec<T> v = {};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_part(T* p, Vec<T> v, int64_t n) {
+  std::memcpy(p, &v, n * sizeof(T));
+}
+
+// Lanes of a and b, the lane numbers known when compiling; those of b count on from kLanes.
+template <class T, int... kLane>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, Vec<IntOf<T>>{kLane...});
+#endif
+}
+
+// Where lane `lane` of `fold` comes from: segments of 2 kHalf lanes of a and b become halves of its own.
+template <class T, int kHalf>
+constexpr int fold_source(int lane, bool high) {
+  const int within = lane % (2 * kHalf);
+  const int source = within < kHalf ? lane : lane - kHalf + kLanes<T>;
+  return source + (high ? kHalf : 0);
+}
+
+template <class T, int kHalf, int... kLane>
+inline Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
+  return shuffle<T>(a, b, std::integer_sequence<int, fold_source<T, kHalf>(kLane, false)...>{}) +
+         shuffle<T>(a, b, std::integer_sequence<int, fold_source<T, kHalf>(kLane, true)...>{});
+}
+
+// Lane i is the sum of the lanes of v[i], i < kLanes; v is overwritten.
+template <class T, int kHalf = kLanes<T> / 2>
+inline Vec<T> sums_of_lanes(Vec<T>* v) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; ++i) v[i] = fold<T, kHalf>(v[i], v[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
+  if constexpr (kHalf > 1) {
+    return sums_of_lanes<T, kHalf / 2>(v);
+  } else {
+    return v[0];
+  }
+}
+
+// out[i * ld + j] = a_i . b_j. Both lists are padded; so are rows and columns of out.
+template <class T>
+void dots(const T* const* a, int64_t a_count, const T* const* b, int64_t b_count, int64_t features, T* out, int64_t ld) {
+  constexpr int A = kDotRows<T>, B = kDotColumns<T>, lanes = kLanes<T>;
+  for (int64_t j = 0; j < b_count; j += B) {
+    for (int64_t i = 0; i < a_count; i += A) {
+      const T *ra[A], *rb[B];
+      for (int r = 0; r < A; ++r) ra[r] = a[i + r];
+      for (int r = 0; r < B; ++r) rb[r] = b[j + r];
+      Vec<T> acc[lanes] = {};
+      int64_t d = 0;
+      const auto step = [&](auto read) {
+        Vec<T> bv[B];
+#pragma GCC unroll 4
+        for (int c = 0; c < B; ++c) bv[c] = read(rb[c] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < A; ++r) {
+          const Vec<T> av = read(ra[r] + d);
+#pragma GCC unroll 4
+          for (int c = 0; c < B; ++c) acc[r * B + c] += av * bv[c];
+        }
+      };
+      for (; d + lanes <= features; d += lanes) step([](const T* p) { return load(p); });
+      if (d < features) step([&](const T* p) { return load_part(p, features - d); });
+      const Vec<T> sums = sums_of_lanes<T>(acc);
+      for (int r = 0; r < A; ++r) std::memcpy(out + (i + r) * ld + j, reinterpret_cast<const T*>(&sums) + r * B, B * sizeof(T));
+    }
+  }
+}
+
+template <class T, int V, class Read, class Write>
+inline void combine_tile(T* const* out, const T* w, int64_t row_stride, int64_t step_stride, const T* const* x,
+                         int64_t x_count, int64_t column, bool accumulate, Read read, Write write) {
+  constexpr int I = kCombineRows, lanes = kLanes<T>;
+  Vec<T> acc[I][V] = {};
+  for (int64_t j = 0; j < x_count; ++j) {
+    const T* const row = x[j] + column;
+    Vec<T> xv[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) xv[v] = read(row + v * lanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < I; ++i) {
+      const T weight = w[i * row_stride + j * step_stride];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[i][v] += weight * xv[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      T* const p = out[i] + column + v * lanes;
+      write(p, accumulate ? read(p) + acc[i][v] : acc[i][v]);
+    }
+  }
+}
+
+// out_i (+)= sum over j of w[i * row_stride + j * step_stride] x_j. The list of outputs is padded, by rows that nobody
+// wants, and so are the rows of w.
+template <class T>
+void combine(T* const* out, int64_t out_count, const T* w, int64_t row_stride, int64_t step_stride, const T* const* x,
+             int64_t x_count, int64_t features, bool accumulate) {
+  constexpr int V = kCombineVectors, lanes = kLanes<T>;
+  const auto whole = [](const T* p) { return load(p); };
+  const auto write_whole = [](T* p, Vec<T> v) { store(p, v); };
+  for (int64_t column = 0; column < features;) {
+    const int64_t left = features - column;
+    for (int64_t i = 0; i < out_count; i += kCombineRows) {
+      const auto tile = [&](auto vectors, auto read, auto write) {
+        combine_tile<T, decltype(vectors)::value>(out + i, w + i * row_stride, row_stride, step_stride, x, x_count, column,
+                                                  accumulate, read, write);
+      };
+      if (left >= V * lanes) {
+        tile(std::integral_constant<int, V>{}, whole, write_whole);
+      } else if (left >= lanes) {
+        tile(std::integral_constant<int, 1>{}, whole, write_whole);
+      } else {
+        tile(
+            std::integral_constant<int, 1>{}, [&](const T* p) { return load_part(p, left); },
+            [&](T* p, Vec<T> v) { store_part(p, v, left); });
+      }
+    }
+    column += left >= V * lanes ? V * lanes : std::min<int64_t>(left, lanes);
+  }
+}
+
+}  // namespace setemb

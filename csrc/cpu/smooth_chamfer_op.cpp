@@ -1,0 +1,74 @@
+// smooth_chamfer as torch calls it on the CPU.
+#include "smooth_chamfer.h"
+
+#include <tuple>
+
+#include "ops.h"
+
+namespace setemb {
+namespace {
+
+SetBatch batch_of(const Tensor& t, const std::optional<Tensor>& mask) {
+  static const double no_features = 0;  // the address of a vector is null only where it is masked
+  return {t.numel() == 0 ? &no_features : t.data_ptr(),
+          t.size(0),
+          t.size(1),
+          t.stride(0),
+          t.stride(1),
+          mask.has_value() ? static_cast<const bool*>(mask->data_ptr()) : nullptr};
+}
+
+// Holds what the pointers of a problem point to.
+struct ChamferArguments {
+  Tensor x, y;
+  std::optional<Tensor> x_mask, y_mask;
+  ChamferProblem problem;
+
+  ChamferArguments(const Tensor& x_in, const Tensor& y_in, const Tensor& alpha, const std::optional<Tensor>& x_mask_in,
+                   const std::optional<Tensor>& y_mask_in)
+      : x(unit_last_stride(x_in)),
+        y(unit_last_stride(y_in)),
+        x_mask(contiguous(x_mask_in)),
+        y_mask(contiguous(y_mask_in)),
+        problem{batch_of(x, x_mask), batch_of(y, y_mask), x.size(2), sharpness(alpha)} {}
+
+  bool empty() const { return x.size(0) == 0 || y.size(0) == 0 || x.size(1) == 0 || y.size(1) == 0; }
+};
+
+Tensor smooth_chamfer(const Tensor& x, const Tensor& y, const Tensor& alpha, const std::optional<Tensor>& x_mask,
+                      const std::optional<Tensor>& y_mask) {
+  const ChamferArguments args(x, y, alpha, x_mask, y_mask);
+  if (args.empty()) return torch::stable::new_zeros(x, {x.size(0), y.size(0)});
+  Tensor out = torch::stable::new_empty(x, {x.size(0), y.size(0)});
+  smooth_chamfer_forward(dtype_of(x), args.problem, out.mutable_data_ptr());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> smooth_chamfer_backward_(const Tensor& grad, const Tensor& x, const Tensor& y,
+                                                            const Tensor& alpha, const std::optional<Tensor>& x_mask,
+                                                            const std::optional<Tensor>& y_mask, bool need_x,
+                                                            bool need_y, bool need_alpha) {
+  const ChamferArguments args(x, y, alpha, x_mask, y_mask);
+  const auto gradient = [&](const Tensor& of, bool need) {
+    if (!need) return torch::stable::new_empty(of, {0});
+    return args.empty() ? torch::stable::new_zeros(of, of.sizes()) : torch::stable::new_empty(of, of.sizes());
+  };
+  Tensor grad_x = gradient(x, need_x), grad_y = gradient(y, need_y), grad_alpha = gradient(alpha, need_alpha);
+  if (!args.empty()) {
+    double alpha_sum = 0;
+    const ChamferGradients out = {need_x ? grad_x.mutable_data_ptr() : nullptr,
+                                  need_y ? grad_y.mutable_data_ptr() : nullptr, need_alpha ? &alpha_sum : nullptr};
+    smooth_chamfer_backward(dtype_of(x), args.problem, {grad.data_ptr(), grad.stride(0), grad.stride(1)}, out);
+    if (need_alpha) torch::stable::fill_(grad_alpha, alpha_sum);
+  }
+  return {grad_x, grad_y, grad_alpha};
+}
+
+}  // namespace
+
+void register_smooth_chamfer(StableLibrary& library) {
+  library.impl("smooth_chamfer", TORCH_BOX(&smooth_chamfer));
+  library.impl("smooth_chamfer_backward", TORCH_BOX(&smooth_chamfer_backward_));
+}
+
+}  // namespace setemb
