@@ -1,7 +1,7 @@
 // Products of a few rows with many: what is left of a matrix product where one side is a handful of slots.
 //
-// Rows are given by pointers, unit stride within, so that nothing is packed or copied: with few rows on one side, packing
-// the other would cost as much as the product. A row that is not wanted (masked) is simply not in the list.
+// Rows are given by pointers, unit stride within, so that nothing is packed or copied: with few rows on one side,
+// packing the other would cost as much as the product. A row that is not wanted (masked) is simply not in the list.
 #pragma once
 
 #include <algorithm>
@@ -67,7 +67,8 @@ inline Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
 template <class T, int kHalf = kLanes<T> / 2>
 inline Vec<T> sums_of_lanes(Vec<T>* v) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kHalf; ++i) v[i] = fold<T, kHalf>(v[i], v[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
+  for (int i = 0; i < kHalf; ++i)
+    v[i] = fold<T, kHalf>(v[i], v[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
   if constexpr (kHalf > 1) {
     return sums_of_lanes<T, kHalf / 2>(v);
   } else {
@@ -77,7 +78,8 @@ inline Vec<T> sums_of_lanes(Vec<T>* v) {
 
 // out[i * ld + j] = a_i . b_j. Both lists are padded; so are rows and columns of out.
 template <class T>
-void dots(const T* const* a, int64_t a_count, const T* const* b, int64_t b_count, int64_t features, T* out, int64_t ld) {
+void dots(const T* const* a, int64_t a_count, const T* const* b, int64_t b_count, int64_t features, T* out,
+          int64_t ld) {
   constexpr int A = kDotRows<T>, B = kDotColumns<T>, lanes = kLanes<T>;
   for (int64_t j = 0; j < b_count; j += B) {
     for (int64_t i = 0; i < a_count; i += A) {
@@ -100,7 +102,8 @@ void dots(const T* const* a, int64_t a_count, const T* const* b, int64_t b_count
       for (; d + lanes <= features; d += lanes) step([](const T* p) { return load(p); });
       if (d < features) step([&](const T* p) { return load_part(p, features - d); });
       const Vec<T> sums = sums_of_lanes<T>(acc);
-      for (int r = 0; r < A; ++r) std::memcpy(out + (i + r) * ld + j, reinterpret_cast<const T*>(&sums) + r * B, B * sizeof(T));
+      for (int r = 0; r < A; ++r)
+        std::memcpy(out + (i + r) * ld + j, reinterpret_cast<const T*>(&sums) + r * B, B * sizeof(T));
     }
   }
 }
@@ -144,8 +147,8 @@ void combine(T* const* out, int64_t out_count, const T* w, int64_t row_stride, i
     const int64_t left = features - column;
     for (int64_t i = 0; i < out_count; i += kCombineRows) {
       const auto tile = [&](auto vectors, auto read, auto write) {
-        combine_tile<T, decltype(vectors)::value>(out + i, w + i * row_stride, row_stride, step_stride, x, x_count, column,
-                                                  accumulate, read, write);
+        combine_tile<T, decltype(vectors)::value>(out + i, w + i * row_stride, row_stride, step_stride, x, x_count,
+                                                  column, accumulate, read, write);
       };
       if (left >= V * lanes) {
         tile(std::integral_constant<int, V>{}, whole, write_whole);

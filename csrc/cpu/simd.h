@@ -237,7 +237,7 @@ inline Out round_to(T f) {
       bits &= 0x7fffffffu;
       if (f != f) return {static_cast<uint16_t>(sign | 0x7e00u)};
       if (bits >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more
-      if (bits < 0x38800000u) {  // below 2^-14: a multiple of 2^-24
+      if (bits < 0x38800000u) {                                                 // below 2^-14: a multiple of 2^-24
         float magnitude;
         std::memcpy(&magnitude, &bits, 4);
         magnitude += 0.5f;  // the sum's unit is 2^-24, so the addition rounds

@@ -2,9 +2,9 @@
 // setemb_kernels/ops/slot_attention/reference.py.
 //
 // The rows of one product are the slots of all heads that share their keys and values: few. So nothing is packed
-// (rows.h): a task takes the tokens of one item a block at a time, and while a block is in cache makes its logits, their
-// softmax over the slots, and what they add to the slots' sums; in the backward pass also the gradients of the block's
-// tokens, which no other task touches.
+// (rows.h): a task takes the tokens of one item a block at a time, and while a block is in cache makes its logits,
+// their softmax over the slots, and what they add to the slots' sums; in the backward pass also the gradients of the
+// block's tokens, which no other task touches.
 //
 // Where there are few items a task takes a chunk of an item's tokens, and the chunks' sums are added in their order
 // afterwards. How tokens are cut depends on sizes alone, so the result does not depend on the number of threads.
@@ -21,7 +21,7 @@
 namespace setemb {
 namespace {
 
-constexpr int64_t kBlockBytes = int64_t{256} << 10;  // of the keys and values of a block: half of a second-level cache
+constexpr int64_t kBlockBytes = int64_t{512} << 10;   // of the keys and values of a block: half of a second-level cache
 constexpr int64_t kPartialBytes = int64_t{16} << 20;  // of the chunks' sums
 constexpr int64_t kTasks = 64;                        // worth cutting items for
 constexpr int64_t kChunkTokens = 256;                 // worth a task
@@ -152,13 +152,13 @@ class SlotAttention {
   };
 
   struct Scratch {
-    Buffer<T> q, h;               // the slots' rows: queries, upstream gradient / total; [padded rows][features]
-    Buffer<T> sums;               // what is summed over tokens for each slot, likewise
-    Buffer<T> attention, slope;   // [padded rows][block]: A, then W; ds/dA, then ds/dz
-    Buffer<T> k, v, gradient;     // [block][features], where the type is converted
-    Buffer<T> bias, delta;        // [rows]
-    Buffer<T> idle;               // where rows go that nobody wants
-    Buffer<V> row_sums;           // [rows]
+    Buffer<T> q, h;              // the slots' rows: queries, upstream gradient / total; [padded rows][features]
+    Buffer<T> sums;              // what is summed over tokens for each slot, likewise
+    Buffer<T> attention, slope;  // [padded rows][block]: A, then W; ds/dA, then ds/dz
+    Buffer<T> k, v, gradient;    // [block][features], where the type is converted
+    Buffer<T> bias, delta;       // [rows]
+    Buffer<T> idle;              // where rows go that nobody wants
+    Buffer<V> row_sums;          // [rows]
     std::vector<const T*> q_rows, h_rows, k_rows, v_rows;
     std::vector<T*> out_rows;
     std::vector<int64_t> tokens;  // of the block
@@ -204,8 +204,8 @@ class SlotAttention {
   static int64_t chunks(const SlotAttentionProblem& p, int64_t rows) {
     const int64_t bytes = rows * (std::max(p.key_features, p.value_features) + 1) * static_cast<int64_t>(sizeof(T));
     const int64_t fitting = kPartialBytes / (p.items * p.groups * bytes);
-    return std::max<int64_t>(
-        1, std::min({div_up(p.tokens, kChunkTokens), div_up(kTasks, p.items * p.groups), fitting}));
+    return std::max<int64_t>(1,
+                             std::min({div_up(p.tokens, kChunkTokens), div_up(kTasks, p.items * p.groups), fitting}));
   }
 
   int64_t tasks() const { return p_.items * p_.groups * chunks_; }
@@ -215,7 +215,9 @@ class SlotAttention {
     return {item, group, chunk * p_.tokens / chunks_, (chunk + 1) * p_.tokens / chunks_};
   }
 
-  int64_t head_of(const Place& place, int64_t row) const { return place.group * (p_.heads / p_.groups) + row / p_.slots; }
+  int64_t head_of(const Place& place, int64_t row) const {
+    return place.group * (p_.heads / p_.groups) + row / p_.slots;
+  }
   int64_t first_row(const Place& place) const { return place.item * p_.heads * p_.slots + place.group * rows_; }
   bool valid(const Place& place, int64_t token) const {
     return p_.mask == nullptr || p_.mask[place.item * p_.tokens + token];
@@ -261,12 +263,15 @@ class SlotAttention {
   void for_blocks(const Place& place, Scratch& s, const F& f) const {
     const In* const bias = p_.bias == nullptr ? nullptr : static_cast<const In*>(p_.bias) + first_row(place);
     for (int64_t r = 0; r < rows_; ++r) s.bias.get()[r] = bias == nullptr ? T(0) : to_float(bias[r]) * log2_e;
+    int64_t count = 0;
+    for (int64_t token = place.begin; token < place.end; ++token) count += valid(place, token);
+    const int64_t most = count == 0 ? 0 : div_up(count, div_up(count, block_));  // all blocks alike
     for (int64_t token = place.begin; token < place.end;) {
       int64_t n = 0;
-      for (; token < place.end && n < block_; ++token) {
+      for (; token < place.end && n < most; ++token) {
         if (valid(place, token)) s.tokens[n++] = token;
       }
-      if (n == 0) continue;
+      if (n == 0) break;
       for (int64_t j = 0; j < n; ++j) {
         s.k_rows[j] = token_row(p_.k, place, s.tokens[j], p_.key_features, s.k.get() + j * p_.key_features);
         s.v_rows[j] = token_row(p_.v, place, s.tokens[j], p_.value_features, s.v.get() + j * p_.value_features);

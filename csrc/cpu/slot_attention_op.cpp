@@ -83,15 +83,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slot_attention_backward_(
     const std::optional<Tensor>& mask, const Tensor& out_in, const Tensor& total, double scale, double token_eps,
     bool need_q, bool need_k, bool need_v, bool need_bias) {
   const SlotArguments args(q, k, v, bias, mask, scale, 0, token_eps);
-  const Tensor grad = unit_last_stride(grad_in), out = unit_last_stride(out_in), totals = torch::stable::contiguous(total);
+  const Tensor grad = unit_last_stride(grad_in), out = unit_last_stride(out_in),
+               totals = torch::stable::contiguous(total);
   const auto gradient = [&](const Tensor& of, bool need) {
     if (!need) return torch::stable::new_empty(of, {0});
     return args.without_slots() ? torch::stable::new_zeros(of, of.sizes()) : torch::stable::new_empty(of, of.sizes());
   };
   Tensor grad_q = need_q ? new_like_slots(q, q.size(3)) : torch::stable::new_empty(q, {0});
   Tensor grad_k = gradient(k, need_k), grad_v = gradient(v, need_v);
-  Tensor grad_bias = need_bias ? torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)})
-                               : torch::stable::new_empty(q, {0});
+  Tensor grad_bias =
+      need_bias ? torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}) : torch::stable::new_empty(q, {0});
   if (!args.without_slots()) {
     slot_attention_backward(dtype_of(q), args.problem, rows_of(grad), rows_of(out), totals.data_ptr(),
                             {mutable_rows_of(grad_q), mutable_rows_of(grad_k), mutable_rows_of(grad_v),

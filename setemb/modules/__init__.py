@@ -1,7 +1,8 @@
 """Building blocks of a set-embedding model: encoders and the set prediction module."""
 
 from setemb.modules.image import PictureEncoder, RegionEncoder
-from setemb.modules.slots import SetOutput, SetPrediction, SlotAttention
+from setemb.modules.set_prediction import SetOutput, SetPrediction
+from setemb.modules.slot_attention import SlotAttention
 from setemb.modules.text import FeatureTextEncoder, GRUTextEncoder, TransformerTextEncoder
 
 __all__ = [

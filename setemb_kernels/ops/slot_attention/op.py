@@ -73,7 +73,7 @@ def slot_attention(
     backward pass makes A again from q, k, U and the denominators. Nothing of size ``B H T K`` is stored, in either.
 
     Args:
-        q: ``[B, H, K, Dk]`` slots; float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
+        q: ``[B, H, K, Dk]`` slots; float32, bfloat16, float16 or float64 (on a GPU: the reference). Any strides.
         k: ``[B, H, T, Dk]`` keys, or ``[B, 1, T, Dk]``, one head for all heads of q. Of the dtype and device of q.
         v: ``[B, H, T, Dv]`` values, or ``[B, 1, T, Dv]``; as many heads as k. A k or v *expanded* over heads (stride 0)
             counts as one head; pass one head yourself where its gradient matters, as that of an expanded tensor is

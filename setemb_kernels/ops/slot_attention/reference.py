@@ -1,11 +1,12 @@
 """One slot-attention step in plain torch: the specification of the op, forward and explicit backward, and its fallback.
 
-With logits ``z_kt = scale q_k . k_t + bias_k`` over the valid tokens t of one head, ``A_kt`` their softmax over the slots k,
-and weights ``W_kt = A_kt + token_eps``:
+With logits ``z_kt = scale q_k . k_t + bias_k`` over the valid tokens t of one head, ``A_kt`` their softmax over the
+slots k, and weights ``W_kt = A_kt + token_eps``:
 
     total_k = sum_t W_kt + eps,      out_k = sum_t W_kt v_t / total_k            (0 where total_k is 0)
 
-The backward, in words, from the inputs, ``out`` and ``total`` alone. With the upstream gradient g and ``h_k = g_k / total_k``:
+The backward, in words, from the inputs, ``out`` and ``total`` alone. With the upstream gradient g and
+``h_k = g_k / total_k``:
 
     dout_k/dW_kt = (v_t - out_k) / total_k, so       dA_kt = h_k . v_t - h_k . out_k
     the softmax's own derivative                     dz_kt = A_kt (dA_kt - sum_j A_jt dA_jt)
@@ -14,8 +15,8 @@ The backward, in words, from the inputs, ``out`` and ``total`` alone. With the u
 Nothing here couples two tokens but the sums over t, so tokens are processed in blocks and the working memory is bounded
 (``BLOCK_ELEMENTS`` logits) whatever T. 16-bit inputs are computed in float32, float32 and float64 in themselves.
 
-Keys and values may have one head for all heads of q (``G`` = 1 below): then the slots of all heads are rows of one product,
-and the gradients of k and v are summed over heads as part of it.
+Keys and values may have one head for all heads of q (``G`` = 1 below): then the slots of all heads are rows of one
+product, and the gradients of k and v are summed over heads as part of it.
 """
 
 from __future__ import annotations

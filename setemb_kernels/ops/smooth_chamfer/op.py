@@ -43,7 +43,8 @@ def smooth_chamfer(
 
     Nothing of size ``N M K L`` is stored, in the forward or in the backward pass. The result is finite for finite
     input: what would overflow saturates at the largest finite value. A gradient is infinite where its value is out of
-    range of its dtype (as a loss scaler expects), and only there. A NaN reaches only the pairs of the set that holds it.
+    range of its dtype (as a loss scaler expects), and only there. A NaN reaches only the pairs of the set that holds
+    it.
 
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.

@@ -217,8 +217,8 @@ def through(backend: object, i: Inputs) -> Results:
 def cancelling_terms(i: Inputs) -> dict[str, float]:
     """How large the terms are of which gradients are differences, summed as independent errors are.
 
-    Through a softmax and a mean a gradient is ``A (h . v - h . out)`` less its own mean over the slots. Where all tokens
-    are alike, it is nothing but rounding.
+    Through a softmax and a mean a gradient is ``A (h . v - h . out)`` less its own mean over the slots. Where all
+    tokens are alike, it is nothing but rounding.
     """
     if not i.q.numel() or not i.k.numel() or not i.v.numel():
         return {}
@@ -248,7 +248,9 @@ def check(run: Callable[[Inputs], Results], case: Case, dtype: torch.dtype, devi
     """Run one case and compare update and gradients with the float64 reference."""
     inputs = case.build(dtype, device, seed)
     results = run(inputs)
-    double = inputs._replace(**{n: t.double() for n, t in inputs._asdict().items() if isinstance(t, Tensor) and n != "mask"})
+    double = inputs._replace(
+        **{n: t.double() for n, t in inputs._asdict().items() if isinstance(t, Tensor) and n != "mask"}
+    )
     truths, ours = reference_results(double), reference_results(inputs)
     orders = [_eager_in_another_order(inputs, order) for order in range(3)]
     names = ("out", "q.grad", "k.grad", "v.grad", "bias.grad")[: len(results)]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from setemb.modules.slot_attention import Tokens, attend, check_tokens, read_tokens
+
 EPS = 1e-7
 """Added to the sum over tokens that normalises an attention row: a slot that no token chose gathers 0, not NaN."""
 
@@ -27,47 +29,46 @@ class SetOutput(NamedTuple):
     """``[B, heads, K, T]``, what each token gave each slot in the last iteration (sums to 1 over K, masked: 0)."""
 
 
-class SlotAttention(nn.Module):
-    r"""Attention that is a softmax over the *slots*, so that the slots compete for the tokens.
-
-    For each head, with :math:`z_{kt} = q_k \cdot k_t / \sqrt{dim\_head}` over the valid tokens t,
-
-    .. math:: A_{kt} = \mathrm{softmax}_k(z_{kt}), \qquad U_k = \frac{\sum_t A_{kt} v_t}{\sum_t A_{kt} + 10^{-7}}
-
-    Keys and values do not change over the iterations: `keys_values` is called once, `forward` once an iteration.
-    """
+class SlotCrossAttention(nn.Module):
+    """Multi-head slot attention of slots to tokens: projections around `setemb_kernels.slot_attention`."""
 
     def __init__(self, dim: int, dim_context: int, heads: int, dim_head: int) -> None:
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
-        self.scale = dim_head**-0.5
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_k = nn.Linear(dim_context, inner, bias=False)
         self.to_v = nn.Linear(dim_context, inner, bias=False)
         self.to_out = nn.Linear(inner, dim)
 
-    def keys_values(self, key_context: Tensor, value_context: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, T, dim_context]`` twice -> keys and values ``[B, heads, T, dim_head]``."""
-        return self._split(self.to_k(key_context)), self._split(self.to_v(value_context))
+    def read_tokens(
+        self, keys: Tensor, values: Tensor, *, slots: int, iterations: int, mask: Tensor | None, absorbed: bool | None
+    ) -> Tokens:
+        """What each call of `forward` reads of tokens ``[B, T, dim_context]``."""
+        return read_tokens(
+            keys,
+            values,
+            self.to_k,
+            self.to_v,
+            slots=slots,
+            heads=self.heads,
+            iterations=iterations,
+            mask=mask,
+            absorbed=absorbed,
+        )
 
-    def forward(
-        self, slots: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, masked_weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """The update ``[B, K, dim]`` and the attention ``[B, heads, K, T]`` before it is normalised over tokens.
-
-        ``mask`` is bool ``[B, T]``, True = valid; a masked token has weight ``masked_weight`` in every slot.
-        """
-        logits = (self._split(self.to_q(slots)) * self.scale) @ keys.transpose(-1, -2)
-        attention = logits.softmax(dim=-2)
-        if mask is not None:
-            attention = attention.masked_fill(~mask[:, None, None, :], masked_weight)
-        weights = attention / (attention.sum(-1, keepdim=True) + EPS)
-        update = (weights @ values).transpose(1, 2).flatten(2)
-        return self.to_out(update), attention
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def forward(self, slots: Tensor, tokens: Tokens, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The update ``[B, K, dim]`` of slots ``[B or 1, K, dim]``; the attention ``[B, heads, K, T]`` if asked for."""
+        gathered, attention = attend(
+            self.to_q(slots),
+            tokens,
+            self.to_k,
+            self.to_v,
+            heads=self.heads,
+            eps=EPS,
+            return_attention=return_attention,
+        )
+        return self.to_out(gathered), attention
 
 
 class SetPrediction(nn.Module):
@@ -95,6 +96,8 @@ class SetPrediction(nn.Module):
         position: "sine" adds a sine position encoding to what the keys (not the values) are made of; for text.
         padding: "exact", or "dive" to reproduce the published code: there a masked token has weight 1/K in every slot
             and positions are spread over the padded length, so that an embedding depends on what else is in its batch.
+        absorbed: whether the projections of keys and values are absorbed into the slots (see `slot_attention`); None
+            counts operations and takes the cheaper way. The numbers are the same.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class SetPrediction(nn.Module):
         dropout: float = 0.1,
         position: Literal["sine"] | None = None,
         padding: Literal["exact", "dive"] = "exact",
+        absorbed: bool | None = None,
     ) -> None:
         super().__init__()
         sizes = {
@@ -127,10 +131,11 @@ class SetPrediction(nn.Module):
             raise ValueError(f'padding must be "exact" or "dive", got {padding!r}')
         self.dim_local, self.dim_global = dim_local, dim_global
         self.iterations, self.position, self.padding = iterations, position, padding
+        self.absorbed = absorbed
         self.slots = nn.Parameter(torch.randn(num_slots, dim))
         self.norm_slots = nn.LayerNorm(dim)
         self.norm_local = nn.LayerNorm(dim_local)
-        self.attention = SlotAttention(dim, dim_local, heads, dim_head)
+        self.attention = SlotCrossAttention(dim, dim_local, heads, dim_head)
         self.norm_feedforward = nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(
             nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
@@ -161,17 +166,21 @@ class SetPrediction(nn.Module):
         key_context = context
         if self.position == "sine":
             key_context = context + self._positions(context, mask)
-        keys, values = self.attention.keys_values(key_context, context)
-        x = self.slots.expand(len(local), -1, -1)
-        masked_weight = 0.0 if exact else 1 / len(self.slots)
+        if mask is not None and not exact:  # equal logits for all slots: weight 1/K in each
+            key_context, mask = torch.where(mask[..., None], key_context, 0), None
+        tokens = self.attention.read_tokens(
+            key_context, context, slots=len(self.slots), iterations=self.iterations, mask=mask, absorbed=self.absorbed
+        )
+        x = self.slots[None]  # one for all items until they differ
         attention = None
-        for _ in range(self.iterations):
-            update, attention = self.attention(self.norm_slots(x), keys, values, mask, masked_weight)
+        for i in range(self.iterations):
+            last = i == self.iterations - 1
+            update, attention = self.attention(self.norm_slots(x), tokens, return_attention and last)
             x = x + update
             x = x + self.feedforward(self.norm_feedforward(x))
         slots = self.norm_last(x)
         out = self.norm_global(self.project_global(global_))[:, None] + slots
-        return SetOutput(functional.normalize(out, dim=-1), slots, attention if return_attention else None)
+        return SetOutput(functional.normalize(out, dim=-1), slots, attention)
 
     def _positions(self, context: Tensor, mask: Tensor | None) -> Tensor:
         """``[B or 1, T, dim_local]``; position t of n is the angle ``2 pi t / n``, t = 1..n."""
@@ -184,17 +193,11 @@ class SetPrediction(nn.Module):
         return sine_encoding(angle, context.shape[2])
 
     def _check(self, local: Tensor, global_: Tensor, mask: Tensor | None) -> None:
-        if local.ndim != 3 or local.shape[2] != self.dim_local:
-            raise ValueError(f"local must have shape [B, T, {self.dim_local}], got {list(local.shape)}")
+        check_tokens("local", local, self.dim_local, mask)
         if global_.shape != (local.shape[0], self.dim_global):
             raise ValueError(
                 f"global_ must have shape [{local.shape[0]}, {self.dim_global}], got {list(global_.shape)}"
             )
-        if mask is not None:
-            if mask.dtype != torch.bool:
-                raise TypeError(f"mask must be of bool (True = valid), got {mask.dtype}")
-            if mask.shape != local.shape[:2]:
-                raise ValueError(f"mask must have shape {list(local.shape[:2])}, got {list(mask.shape)}")
 
 
 def sine_encoding(position: Tensor, dim: int) -> Tensor:
