@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     write = terminalreporter.write_line
     write("")
     write(f"{device_name()}, torch {torch.__version__}; ms are medians, ratios are to the floor in the same round")
-    write(f"{'row':<66} {'floor':>9} {'ours':>9} {'ratio':>6} {'limit':>6}        {'eager':>8} {'compiled':>8}")
+    write(f"{'row':<76} {'floor':>9} {'ours':>9} {'ratio':>6} {'limit':>6}        {'eager':>8} {'compiled':>8}")
     for row in ROWS:
         write(_line(row))
 
@@ -44,15 +44,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def _line(row: Row) -> str:
     mark = "ok" if row.met else "MISSED"
     if row.memory_mib is not None:
-        return (
-            f"{row.op + ' ' + row.name:<66} {'':>9} {row.memory_mib:>5.1f} MiB {'':>6} {row.limit_mib:>6.0f} {mark:<7}"
-        )
+        limit = "-" if row.limit_mib is None else f"{row.limit_mib:.0f}"
+        return f"{row.op + ' ' + row.name:<76} {'':>9} {row.memory_mib:>5.1f} MiB {'':>6} {limit:>6} {mark:<7}"
     ms = row.milliseconds
     times_ours = {p: f"{ms[p] / ms['ours']:.1f} x" for p in ("eager", "compiled") if p in ms}
     peers = " ".join(f"{times_ours.get(p, '-'):>8}" for p in ("eager", "compiled"))
     limit = "-" if row.limit is None else f"{row.limit:.2f}"
     times = f"{ms['floor']:>9.2f} {ms['ours']:>9.2f} {row.ratio:>6.2f} {limit:>6}"
-    return f"{row.op + ' ' + row.name:<66} {times} {mark:<7} {peers}"
+    return f"{row.op + ' ' + row.name:<76} {times} {mark:<7} {peers}"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -74,8 +73,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         },
         "threads": torch.get_num_threads(),
         "cpu_module": (build_info() or {}).get("capability"),
-        "rows": [row.as_dict() for row in ROWS],
+        "rows": _with_others_of(path, [row.as_dict() for row in ROWS]),
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, path)
+
+
+def _with_others_of(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and those of an earlier run of the same day that were not measured again."""
+    if not path.exists():
+        return rows
+    measured = {(row["op"], row["name"]) for row in rows}
+    return [row for row in json.loads(path.read_text())["rows"] if (row["op"], row["name"]) not in measured] + rows

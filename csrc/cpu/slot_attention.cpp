@@ -117,16 +117,18 @@ class SlotAttention {
       for_blocks(place, s, [&](int64_t n) {
         attention_of_block(s, n);
         if (need_slope) slope_of_block(s, n);
+        if (p_.keys_are_values || to.v.data != nullptr) add_token_eps(s, n);
         if (to.v.data != nullptr) {
-          add_token_eps(s, n);
-          token_gradients(place, s, n, s.attention.get(), s.h_rows.data(), p_.value_features, to.v);
+          token_gradients(place, s, n, s.attention.get(), s.both_rows.data(), rows_, p_.value_features, to.v);
         }
-        if (to.k.data != nullptr) {
-          token_gradients(place, s, n, s.slope.get(), s.q_rows.data(), p_.key_features, to.k);
+        if (to.k.data != nullptr && p_.keys_are_values) {
+          token_gradients(place, s, n, s.attention.get(), s.both_rows.data(), 2 * rows_, p_.key_features, to.k);
+        } else if (to.k.data != nullptr) {
+          token_gradients(place, s, n, s.slope, s.both_rows.data() + rows_, rows_, p_.key_features, to.k);
         }
         if (need_q) {
           output_rows(s, s.sums.get(), p_.key_features);
-          combine(s.out_rows.data(), rows_, s.slope.get(), block_, 1, s.k_rows.data(), n, p_.key_features, true);
+          combine(s.out_rows.data(), rows_, s.slope, block_, 1, s.k_rows.data(), n, p_.key_features, true);
         }
       });
       zero_masked(place, to.k, p_.key_features);
@@ -152,14 +154,16 @@ class SlotAttention {
   };
 
   struct Scratch {
-    Buffer<T> q, h;              // the slots' rows: queries, upstream gradient / total; [padded rows][features]
-    Buffer<T> sums;              // what is summed over tokens for each slot, likewise
-    Buffer<T> attention, slope;  // [padded rows][block]: A, then W; ds/dA, then ds/dz
-    Buffer<T> k, v, gradient;    // [block][features], where the type is converted
-    Buffer<T> bias, delta;       // [rows]
-    Buffer<T> idle;              // where rows go that nobody wants
-    Buffer<V> row_sums;          // [rows]
+    Buffer<T> q, h;            // the slots' rows: queries, upstream gradient / total; [padded rows][features]
+    Buffer<T> sums;            // what is summed over tokens for each slot, likewise
+    Buffer<T> attention;       // [padded rows][block]: A, then W
+    T* slope;                  // likewise, right behind the rows of A: ds/dA, then ds/dz
+    Buffer<T> k, v, gradient;  // [block][features], where the type is converted
+    Buffer<T> bias, delta;     // [rows]
+    Buffer<T> idle;            // where rows go that nobody wants
+    Buffer<V> row_sums;        // [rows]
     std::vector<const T*> q_rows, h_rows, k_rows, v_rows;
+    std::vector<const T*> both_rows;  // h, then q, in the order of W and ds/dz
     std::vector<T*> out_rows;
     std::vector<int64_t> tokens;  // of the block
     bool backward = false;
@@ -167,9 +171,10 @@ class SlotAttention {
     explicit Scratch(const SlotAttention& a)
         : q(a.padded_rows_ * a.p_.key_features),
           sums(a.padded_rows_ * std::max(a.p_.key_features, a.p_.value_features)),
-          attention(a.padded_rows_ * a.block_),
+          attention((a.rows_ + a.padded_rows_) * a.block_),
+          slope(attention.get() + a.rows_ * a.block_),
           k(direct ? 0 : a.block_ * a.p_.key_features),
-          v(direct ? 0 : a.block_ * a.p_.value_features),
+          v(direct || a.p_.keys_are_values ? 0 : a.block_ * a.p_.value_features),
           bias(a.rows_),
           idle(std::max(a.p_.key_features, a.p_.value_features)),
           row_sums(a.rows_),
@@ -181,23 +186,23 @@ class SlotAttention {
           tokens(a.block_) {
       // rows beyond the last one repeat it: their results are not used, but must be there to read
       for (int64_t r = 0; r < a.padded_rows_; ++r) q_rows[r] = q.get() + std::min(r, a.rows_ - 1) * a.p_.key_features;
-      std::fill_n(attention.get(), a.padded_rows_ * a.block_, T(0));
     }
 
     void for_backward(const SlotAttention& a) {
       if (backward) return;
       backward = true;
       h = Buffer<T>(a.padded_rows_ * a.p_.value_features);
-      slope = Buffer<T>(a.padded_rows_ * a.block_);
-      std::fill_n(slope.get(), a.padded_rows_ * a.block_, T(0));
       delta = Buffer<T>(a.rows_);
       gradient = Buffer<T>(direct ? 0 : a.block_ * std::max(a.p_.key_features, a.p_.value_features));
       for (int64_t r = 0; r < a.padded_rows_; ++r) h_rows[r] = h.get() + std::min(r, a.rows_ - 1) * a.p_.value_features;
+      both_rows.assign(h_rows.begin(), h_rows.begin() + a.rows_);
+      both_rows.insert(both_rows.end(), q_rows.begin(), q_rows.begin() + a.rows_);
     }
   };
 
   static int64_t block_tokens(const SlotAttentionProblem& p) {
-    const int64_t bytes = std::max<int64_t>(1, p.key_features + p.value_features) * static_cast<int64_t>(sizeof(T));
+    const int64_t features = p.key_features + (p.keys_are_values ? 0 : p.value_features);
+    const int64_t bytes = std::max<int64_t>(1, features) * static_cast<int64_t>(sizeof(T));
     return std::clamp<int64_t>(kBlockBytes / bytes, 16, 128) / 16 * 16;
   }
 
@@ -274,7 +279,9 @@ class SlotAttention {
       if (n == 0) break;
       for (int64_t j = 0; j < n; ++j) {
         s.k_rows[j] = token_row(p_.k, place, s.tokens[j], p_.key_features, s.k.get() + j * p_.key_features);
-        s.v_rows[j] = token_row(p_.v, place, s.tokens[j], p_.value_features, s.v.get() + j * p_.value_features);
+        s.v_rows[j] = p_.keys_are_values
+                          ? s.k_rows[j]
+                          : token_row(p_.v, place, s.tokens[j], p_.value_features, s.v.get() + j * p_.value_features);
       }
       std::fill_n(s.k_rows.begin() + n, kRowPadding, s.k_rows[n - 1]);
       std::fill_n(s.v_rows.begin() + n, kRowPadding, s.v_rows[n - 1]);
@@ -342,7 +349,7 @@ class SlotAttention {
 
   // scale times the gradient of each logit; adds the gradients themselves to row_sums.
   void slope_of_block(Scratch& s, int64_t n) const {
-    T* const slope = s.slope.get();
+    T* const slope = s.slope;
     const int64_t K = p_.slots;
     dots(s.h_rows.data(), padded_rows_, s.v_rows.data(), round_up(n, kDotColumns<T>), p_.value_features, slope, block_);
     clear_tail(slope, n);
@@ -364,7 +371,7 @@ class SlotAttention {
 
   // For each token of the block: the sum over the slots of weight times the slot's row.
   void token_gradients(const Place& place, Scratch& s, int64_t n, const T* weights, const T* const* slots,
-                       int64_t features, const MutableHeadRows& to) const {
+                       int64_t slot_count, int64_t features, const MutableHeadRows& to) const {
     for (int64_t j = 0; j < round_up(n, kCombineRows); ++j) {
       if (j >= n) {
         s.out_rows[j] = s.idle.get();
@@ -374,7 +381,7 @@ class SlotAttention {
         s.out_rows[j] = s.gradient.get() + j * features;
       }
     }
-    combine(s.out_rows.data(), n, weights, 1, block_, slots, rows_, features, false);
+    combine(s.out_rows.data(), n, weights, 1, block_, slots, slot_count, features, false);
     if constexpr (!direct) {
       for (int64_t j = 0; j < n; ++j)
         write_row(s.out_rows[j], features, row_of<In>(to, place.item, place.group, s.tokens[j]));

@@ -23,8 +23,9 @@ struct SlotAttentionProblem {
   int64_t groups;  // heads of k and v: as many, or one for all
   int64_t tokens, key_features, value_features;
   HeadRows q, k, v;
-  const void* bias;  // contiguous [items, heads, slots], of the type of q, or null
-  const bool* mask;  // contiguous [items, tokens], or null
+  bool keys_are_values;  // v is k, and k gets both gradients
+  const void* bias;      // contiguous [items, heads, slots], of the type of q, or null
+  const bool* mask;      // contiguous [items, tokens], or null
   double scale, eps, token_eps;
 };
 

@@ -35,15 +35,16 @@ MutableHeadRows mutable_rows_of(Tensor& t) {
 
 // Holds what the pointers of a problem point to.
 struct SlotArguments {
-  Tensor q, k, v;
-  std::optional<Tensor> bias, mask;
+  Tensor q, k;
+  std::optional<Tensor> v, bias, mask;
   SlotAttentionProblem problem;
 
-  SlotArguments(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& bias_in,
-                const std::optional<Tensor>& mask_in, double scale, double eps, double token_eps)
+  SlotArguments(const Tensor& q_in, const Tensor& k_in, const std::optional<Tensor>& v_in,
+                const std::optional<Tensor>& bias_in, const std::optional<Tensor>& mask_in, double scale, double eps,
+                double token_eps)
       : q(unit_last_stride(q_in)),
         k(unit_last_stride(k_in)),
-        v(unit_last_stride(v_in)),
+        v(v_in.has_value() ? std::optional<Tensor>(unit_last_stride(*v_in)) : std::nullopt),
         bias(contiguous(bias_in)),
         mask(contiguous(mask_in)),
         problem{q.size(0),
@@ -52,10 +53,11 @@ struct SlotArguments {
                 k.size(1),
                 k.size(2),
                 k.size(3),
-                v.size(3),
+                v.has_value() ? v->size(3) : k.size(3),
                 rows_of(q),
                 rows_of(k),
-                rows_of(v),
+                v.has_value() ? rows_of(*v) : rows_of(k),
+                !v.has_value(),
                 bias.has_value() ? bias->data_ptr() : nullptr,
                 mask.has_value() ? static_cast<const bool*>(mask->data_ptr()) : nullptr,
                 scale,
@@ -65,11 +67,11 @@ struct SlotArguments {
   bool without_slots() const { return problem.items == 0 || problem.heads == 0 || problem.slots == 0; }
 };
 
-std::tuple<Tensor, Tensor> slot_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+std::tuple<Tensor, Tensor> slot_attention(const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
                                           const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                                           double scale, double eps, double token_eps) {
   const SlotArguments args(q, k, v, bias, mask, scale, eps, token_eps);
-  Tensor out = new_like_slots(q, v.size(3));
+  Tensor out = new_like_slots(q, args.problem.value_features);
   const ScalarType accumulate = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor total = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, accumulate);
   if (!args.without_slots()) {
@@ -79,9 +81,9 @@ std::tuple<Tensor, Tensor> slot_attention(const Tensor& q, const Tensor& k, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> slot_attention_backward_(
-    const Tensor& grad_in, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& mask, const Tensor& out_in, const Tensor& total, double scale, double token_eps,
-    bool need_q, bool need_k, bool need_v, bool need_bias) {
+    const Tensor& grad_in, const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, const Tensor& out_in, const Tensor& total,
+    double scale, double token_eps, bool need_q, bool need_k, bool need_v, bool need_bias) {
   const SlotArguments args(q, k, v, bias, mask, scale, 0, token_eps);
   const Tensor grad = unit_last_stride(grad_in), out = unit_last_stride(out_in),
                totals = torch::stable::contiguous(total);
@@ -90,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slot_attention_backward_(
     return args.without_slots() ? torch::stable::new_zeros(of, of.sizes()) : torch::stable::new_empty(of, of.sizes());
   };
   Tensor grad_q = need_q ? new_like_slots(q, q.size(3)) : torch::stable::new_empty(q, {0});
-  Tensor grad_k = gradient(k, need_k), grad_v = gradient(v, need_v);
+  Tensor grad_k = gradient(k, need_k), grad_v = gradient(v.has_value() ? *v : k, v.has_value() && need_v);
   Tensor grad_bias =
       need_bias ? torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}) : torch::stable::new_empty(q, {0});
   if (!args.without_slots()) {

@@ -24,7 +24,8 @@ class Tokens(NamedTuple):
 
     keys: Tensor
     """``[B, heads, T, dim_head]``, or absorbed ``[B, 1, T, dim_context]``."""
-    values: Tensor
+    values: Tensor | None
+    """None where the keys are the values."""
     mask: Tensor | None
     """bool ``[B, T]``, True = valid."""
     absorbed: bool
@@ -60,13 +61,12 @@ def read_tokens(
             for project, context in ((to_k, key_context), (to_v, value_context))
         )
         return Tokens(keys, values, mask, absorbed=False)
+    contexts = [key_context] if value_context is key_context else [key_context, value_context]
     device = key_context.device.type
     if torch.is_autocast_enabled(device):  # once, not at each iteration
-        dtype = torch.get_autocast_dtype(device)
-        same = value_context is key_context
-        key_context = key_context.to(dtype)
-        value_context = key_context if same else value_context.to(dtype)
-    return Tokens(key_context[:, None], value_context[:, None], mask, absorbed=True)
+        contexts = [context.to(torch.get_autocast_dtype(device)) for context in contexts]
+    keys, *values = (context[:, None] for context in contexts)
+    return Tokens(keys, values[0] if values else None, mask, absorbed=True)
 
 
 def attend(

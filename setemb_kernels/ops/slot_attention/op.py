@@ -22,7 +22,7 @@ BACKWARD = "setemb::slot_attention_backward"
 def slot_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     *,
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
@@ -37,7 +37,7 @@ def slot_attention(
 def slot_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     *,
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
@@ -51,7 +51,7 @@ def slot_attention(
 def slot_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -75,9 +75,10 @@ def slot_attention(
     Args:
         q: ``[B, H, K, Dk]`` slots; float32, bfloat16, float16 or float64 (on a GPU: the reference). Any strides.
         k: ``[B, H, T, Dk]`` keys, or ``[B, 1, T, Dk]``, one head for all heads of q. Of the dtype and device of q.
-        v: ``[B, H, T, Dv]`` values, or ``[B, 1, T, Dv]``; as many heads as k. A k or v *expanded* over heads (stride 0)
-            counts as one head; pass one head yourself where its gradient matters, as that of an expanded tensor is
-            made at full size by torch.
+        v: ``[B, H, T, Dv]`` values, or ``[B, 1, T, Dv]``; as many heads as k. None where the keys are the values too:
+            then k is read once and gets one gradient. A k or v *expanded* over heads (stride 0) counts as one head;
+            pass one head yourself where its gradient matters, as that of an expanded tensor is made at full size by
+            torch.
         bias: ``[B, H, K]``, added to the logits of a slot whatever the token; of the dtype of q.
         mask: bool ``[B, T]``, True = valid. A token that is not valid contributes exactly nothing, whatever it holds,
             and gets gradient 0.
@@ -102,14 +103,15 @@ def slot_attention(
     """
     _check.floating("q", q, _check.SLOTS)
     k, v = (_one_head_if_expanded(t) for t in (k, v))
-    for name, value in (("k", k), ("v", v)):
+    for name, value in (("k", k), ("v", k if v is None else v)):
         _check.floating(name, value, _check.TOKENS)
         _check.same_size(name, value, "q", q, {0: "items"})
         if value.shape[1] not in (1, q.shape[1]):
             raise ValueError(f"{name}: expected 1 or {q.shape[1]} heads as in q, got {value.shape[1]}")
         _check.like(name, value, "q", q)
     _check.same_size("k", k, "q", q, {3: "features"})
-    _check.same_size("v", v, "k", k, {1: "heads", 2: "tokens"})
+    if v is not None:
+        _check.same_size("v", v, "k", k, {1: "heads", 2: "tokens"})
     if bias is not None:
         _check.floating("bias", bias, _check.SLOTS[:3])
         _check.same_size("bias", bias, "q", q, {0: "items", 1: "heads", 2: "slots"})
@@ -143,12 +145,12 @@ def _attention(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, s
 
 define(
     FORWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale, float eps, float token_eps)"
+    "(Tensor q, Tensor k, Tensor? v, Tensor? bias, Tensor? mask, float scale, float eps, float token_eps)"
     " -> (Tensor, Tensor)",
 )
 define(
     BACKWARD,
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor out, Tensor total, float scale,"
+    "(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor? bias, Tensor? mask, Tensor out, Tensor total, float scale,"
     " float token_eps, bool need_q, bool need_k, bool need_v, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -169,7 +171,7 @@ BACKENDS = OpBackends("slot_attention", triton=_triton, triton_dtypes=(torch.flo
 def _forward(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     scale: float,
@@ -184,7 +186,7 @@ def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     out: Tensor,
@@ -208,7 +210,7 @@ def _backward(
 def _(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     scale: float,
@@ -216,7 +218,7 @@ def _(
     token_eps: float,
 ) -> tuple[Tensor, Tensor]:
     total = q.new_empty(q.shape[:3], dtype=reference.accumulate_dtype(q.dtype))
-    return reference.empty_like_slots(q, v.shape[3]), total
+    return reference.empty_like_slots(q, (k if v is None else v).shape[3]), total
 
 
 @torch.library.register_fake(BACKWARD)
@@ -224,7 +226,7 @@ def _(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     out: Tensor,
@@ -239,7 +241,7 @@ def _(
     return (
         reference.empty_like_slots(q, q.shape[3]) if need_q else q.new_empty(0),
         k.new_empty(k.shape if need_k else 0),
-        v.new_empty(v.shape if need_v else 0),
+        k.new_empty(v.shape if v is not None and need_v else 0),
         q.new_empty(q.shape[:3] if need_bias else 0),
     )
 

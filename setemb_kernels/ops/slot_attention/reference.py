@@ -15,6 +15,8 @@ The backward, in words, from the inputs, ``out`` and ``total`` alone. With the u
 Nothing here couples two tokens but the sums over t, so tokens are processed in blocks and the working memory is bounded
 (``BLOCK_ELEMENTS`` logits) whatever T. 16-bit inputs are computed in float32, float32 and float64 in themselves.
 
+Without v the keys are the values too, and ``dk`` gets both of its gradients.
+
 Keys and values may have one head for all heads of q (``G`` = 1 below): then the slots of all heads are rows of one
 product, and the gradients of k and v are summed over heads as part of it.
 """
@@ -59,7 +61,7 @@ class _Block(NamedTuple):
 def forward(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     scale: float,
@@ -70,20 +72,21 @@ def forward(
     B, H, K, _ = q.shape
     G, R = k.shape[1], H // max(k.shape[1], 1) * K
     dtype = accumulate_dtype(q.dtype)
-    numerator = q.new_zeros(B, G, R, v.shape[3], dtype=dtype)
+    features = (k if v is None else v).shape[3]
+    numerator = q.new_zeros(B, G, R, features, dtype=dtype)
     total = q.new_full((B, G, R), eps, dtype=dtype)
     for block in _blocks(q, k, v, bias, mask, scale, token_eps):
         numerator += block.weights @ block.v
         total += block.weights.sum(-1)
     out = torch.where(total[..., None] > 0, numerator / total[..., None], 0 * numerator)
-    return empty_like_slots(q, v.shape[3]).copy_(out.view(B, H, K, v.shape[3])), total.view(B, H, K)
+    return empty_like_slots(q, features).copy_(out.view(B, H, K, features)), total.view(B, H, K)
 
 
 def backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     out: Tensor,
@@ -104,16 +107,18 @@ def backward(
     q_rows = _grouped(q.to(dtype), G)
     grad_q = torch.zeros_like(q_rows) if need_q else None
     grad_k = k.new_zeros(k.shape) if need_k else None
-    grad_v = v.new_zeros(v.shape) if need_v else None
+    grad_v = v.new_zeros(v.shape) if v is not None and need_v else None
     grad_bias = q_rows.new_zeros(q_rows.shape[:3]) if need_bias else None
     for block in _blocks(q, k, v, bias, mask, scale, token_eps):
+        by_value = block.weights.transpose(-1, -2) @ h
         if grad_v is not None:
-            grad_v[:, :, block.tokens] = (block.weights.transpose(-1, -2) @ h).to(v.dtype)
+            grad_v[:, :, block.tokens] = by_value.to(q.dtype)
         by_attention = h @ block.v.transpose(-1, -2) - delta
         inner = _sum_over_slots(block.attention * by_attention, q.shape[2])
         by_logit = block.attention * (by_attention - inner)
         if grad_k is not None:
-            grad_k[:, :, block.tokens] = (scale * (by_logit.transpose(-1, -2) @ q_rows)).to(k.dtype)
+            by_key = scale * (by_logit.transpose(-1, -2) @ q_rows)
+            grad_k[:, :, block.tokens] = (by_key + by_value if v is None else by_key).to(k.dtype)
         if grad_q is not None:
             grad_q += scale * (by_logit @ block.k)
         if grad_bias is not None:
@@ -139,8 +144,13 @@ def _sum_over_slots(rows: Tensor, slots: int) -> Tensor:
     return heads.sum(3, keepdim=True).expand_as(heads).flatten(2, 3)
 
 
+def _valid_tokens(of: Tensor, tokens: slice, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
+    block = of[:, :, tokens].to(dtype)
+    return block if valid is None else torch.where(valid, block, 0)  # 0 * NaN would be NaN
+
+
 def _blocks(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, token_eps: float
+    q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, mask: Tensor | None, scale: float, token_eps: float
 ) -> Iterator[_Block]:
     B, H, K, _ = q.shape
     G, T, dtype = k.shape[1], k.shape[2], accumulate_dtype(q.dtype)
@@ -150,10 +160,9 @@ def _blocks(
     step = max(1, BLOCK_ELEMENTS // (B * H * K))
     for start in range(0, T, step):
         tokens = slice(start, min(start + step, T))
-        keys, values = k[:, :, tokens].to(dtype), v[:, :, tokens].to(dtype)
         valid = None if mask is None else mask[:, None, tokens, None]
-        if valid is not None:  # 0 * NaN would be NaN
-            keys, values = torch.where(valid, keys, 0), torch.where(valid, values, 0)
+        keys = _valid_tokens(k, tokens, valid, dtype)
+        values = keys if v is None else _valid_tokens(v, tokens, valid, dtype)
         logits = scale * (rows @ keys.transpose(-1, -2))  # [B, G, R, t]
         if bias is not None:
             logits = logits + _grouped(bias.to(dtype), G)[..., None]

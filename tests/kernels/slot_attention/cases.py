@@ -18,7 +18,7 @@ class Inputs(NamedTuple):
 
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None
     bias: Tensor | None
     mask: Tensor | None
     scale: float
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 
 Results = tuple[Tensor, ...]
-"""The update, and the gradients of q, k, v and, where there is one, bias."""
+"""The update, and the gradients of q, k and, where there are, v and bias."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Case:
     Dv: int
     shared: bool = False
     """k and v have one head."""
+    same: bool = False
+    """The keys are the values: v is None."""
     bias: bool = False
     mask: str = ""
     """"random", "some empty", "tail", "all" (all masked) or none."""
@@ -79,6 +81,7 @@ class Case:
                 bad = torch.tensor([float("nan"), float("inf"), -float("inf")])[torch.arange(tokens.shape[3]) % 3]
                 tokens.copy_(torch.where(mask[:, None, :, None], tokens, bad.double()))
         q, k, v, grad = (_lay_out(t.to(device, dtype), self.layout) for t in (q, k, v, grad))
+        v = None if self.same else v
         return Inputs(
             q,
             k,
@@ -156,6 +159,12 @@ CASES = [
     Case("classic normalisation", 3, 1, 7, 33, 24, 24, eps=0.0, token_eps=1e-8),
     Case("large token_eps", 3, 2, 4, 33, 24, 24, eps=0.0, token_eps=0.1, mask="random"),
     Case("large eps", 3, 2, 4, 33, 24, 24, eps=2.0),
+    Case("keys are values", 3, 2, 4, 33, 24, 24, same=True),
+    Case("keys are values, paper", 5, 4, 4, 36, 96, 96, shared=True, same=True, layout="heads first"),
+    Case("keys are values, masked", 5, 3, 5, 33, 20, 20, shared=True, same=True, mask="some empty", poison=True),
+    Case(
+        "keys are values, token_eps", 2, 1, 3, 700, 20, 20, same=True, eps=0.0, token_eps=0.1, bias=True, mask="random"
+    ),
     Case("ties", 3, 2, 4, 33, 24, 24, ties=True),
     Case("hard choice", 3, 2, 4, 33, 24, 24, norm=30.0),
     Case("harder than the exponential reaches", 3, 2, 4, 33, 24, 24, norm=300.0, eps=1e-6),
@@ -173,11 +182,10 @@ CASES = [
 
 def eager(i: Inputs) -> Results:
     """What one would write, all in the dtype of the inputs."""
-    q, k, v = (t.detach().clone().requires_grad_() for t in (i.q, i.k, i.v))
-    bias = None if i.bias is None else i.bias.detach().clone().requires_grad_()
-    keys, values = k, v
+    q, k, v, bias = (None if t is None else t.detach().clone().requires_grad_() for t in (i.q, i.k, i.v, i.bias))
+    keys, values = k, k if v is None else v
     if i.mask is not None:
-        keys, values = (torch.where(i.mask[:, None, :, None], t, 0) for t in (k, v))
+        keys, values = (torch.where(i.mask[:, None, :, None], t, 0) for t in (keys, values))
     logits = (q @ keys.transpose(-1, -2)) * i.scale
     weights = (logits if bias is None else logits + bias[..., None]).softmax(2) + i.token_eps
     if i.mask is not None:
@@ -185,20 +193,21 @@ def eager(i: Inputs) -> Results:
     total = weights.sum(-1, keepdim=True) + i.eps
     out = torch.where(total > 0, (weights / torch.where(total > 0, total, 1)) @ values, 0)
     out.backward(i.grad)
-    leaves = (q, k, v) if bias is None else (q, k, v, bias)
+    leaves = [t for t in (q, k, v, bias) if t is not None]
     return out.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves)
 
 
 def _eager_in_another_order(i: Inputs, seed: int) -> Results:
     """`eager` with tokens and features permuted: no order of summation is the right one."""
     generator = torch.Generator().manual_seed(seed)
-    t, d, e = (torch.randperm(n, generator=generator).to(i.q.device) for n in (*i.k.shape[2:], i.v.shape[3]))
-    mask = None if i.mask is None else i.mask[:, t]
-    out, q, k, v, *bias = eager(
-        i._replace(q=i.q[..., d], k=i.k[:, :, t][..., d], v=i.v[:, :, t][..., e], mask=mask, grad=i.grad[..., e])
-    )
+    t, d, e = (torch.randperm(n, generator=generator).to(i.q.device) for n in (*i.k.shape[2:], i.grad.shape[3]))
+    e = d if i.v is None else e
+    v, mask = None if i.v is None else i.v[:, :, t][..., e], None if i.mask is None else i.mask[:, t]
+    out, q, k, *rest = eager(i._replace(q=i.q[..., d], k=i.k[:, :, t][..., d], v=v, mask=mask, grad=i.grad[..., e]))
     t, d, e = t.argsort(), d.argsort(), e.argsort()
-    return out[..., e], q[..., d], k[:, :, t][..., d], v[:, :, t][..., e], *bias
+    if i.v is not None:
+        rest[0] = rest[0][:, :, t][..., e]
+    return out[..., e], q[..., d], k[:, :, t][..., d], *rest
 
 
 def reference_results(i: Inputs) -> Results:
@@ -209,9 +218,9 @@ def reference_results(i: Inputs) -> Results:
 def through(backend: object, i: Inputs) -> Results:
     """`forward` and `backward` of an implementation."""
     out, total = backend.forward(*i[:-1])  # type: ignore[attr-defined]
-    needs = (True, True, True, i.bias is not None)
+    needs = (True, True, i.v is not None, i.bias is not None)
     gradients = backend.backward(i.grad, *i[:5], out, total, i.scale, i.token_eps, *needs)  # type: ignore[attr-defined]
-    return out, *gradients[: sum(needs)]
+    return out, *(g for g, need in zip(gradients, needs, strict=True) if need)
 
 
 def cancelling_terms(i: Inputs) -> dict[str, float]:
@@ -220,11 +229,11 @@ def cancelling_terms(i: Inputs) -> dict[str, float]:
     Through a softmax and a mean a gradient is ``A (h . v - h . out)`` less its own mean over the slots. Where all
     tokens are alike, it is nothing but rounding.
     """
-    if not i.q.numel() or not i.k.numel() or not i.v.numel():
+    if not i.q.numel() or not i.k.numel() or not i.grad.numel():
         return {}
-    keys, values = i.k, i.v
+    keys, values = i.k, i.k if i.v is None else i.v
     if i.mask is not None:
-        keys, values = (torch.where(i.mask[:, None, :, None], t, 0) for t in (i.k, i.v))
+        keys, values = (torch.where(i.mask[:, None, :, None], t, 0) for t in (keys, values))
     out, total = reference.forward(*i[:-1])
     h = torch.where(total[..., None] > 0, i.grad / total[..., None], 0)
     logits = i.scale * (i.q @ keys.transpose(-1, -2)) + (0 if i.bias is None else i.bias[..., None])
@@ -253,8 +262,8 @@ def check(run: Callable[[Inputs], Results], case: Case, dtype: torch.dtype, devi
     )
     truths, ours = reference_results(double), reference_results(inputs)
     orders = [_eager_in_another_order(inputs, order) for order in range(3)]
-    names = ("out", "q.grad", "k.grad", "v.grad", "bias.grad")[: len(results)]
-    assert len(results) == 4 + (inputs.bias is not None)
+    names = ["out", "q.grad", "k.grad"]
+    names += ["v.grad"] * (inputs.v is not None) + ["bias.grad"] * (inputs.bias is not None)
     terms = cancelling_terms(double)
     for name, got, truth, in_reference, *plain in zip(names, results, truths, ours, *orders, strict=True):
         extra = torch.finfo(dtype).eps * terms.get(name, 0.0)

@@ -14,11 +14,10 @@ TABLE = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for dtype
 
 def run_op(i: Inputs) -> Results:
     """Forward and backward through the public function and autograd."""
-    leaves = [t.detach().requires_grad_() for t in (i.q, i.k, i.v, i.bias) if t is not None]
-    bias = leaves[3] if len(leaves) == 4 else None
-    out = slot_attention(*leaves[:3], bias=bias, mask=i.mask, scale=i.scale, eps=i.eps, token_eps=i.token_eps)
+    q, k, v, bias = (None if t is None else t.detach().requires_grad_() for t in (i.q, i.k, i.v, i.bias))
+    out = slot_attention(q, k, v, bias=bias, mask=i.mask, scale=i.scale, eps=i.eps, token_eps=i.token_eps)
     out.backward(i.grad)
-    return out.detach(), *(t.grad for t in leaves)
+    return out.detach(), *(t.grad for t in (q, k, v, bias) if t is not None)
 
 
 @pytest.mark.parametrize(("case", "dtype"), TABLE)

@@ -1,0 +1,43 @@
+"""What slot attention is measured against: the same formulas in plain PyTorch, the way they are usually written."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from setemb.modules import SetOutput, SetPrediction
+
+
+def eager_slot_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attention = (q.shape[-1] ** -0.5 * (q @ k.transpose(-1, -2))).softmax(-2)
+    return (attention / (attention.sum(-1, keepdim=True) + 1e-7)) @ v
+
+
+class ProjectedEachIteration(nn.Module):
+    """`SetPrediction` as published: each iteration normalises the tokens and projects all of them anew."""
+
+    def __init__(self, like: SetPrediction) -> None:
+        super().__init__()
+        self.parts = copy.deepcopy(like)
+
+    def forward(self, local: Tensor, global_: Tensor) -> SetOutput:
+        p = self.parts
+        attention = p.attention
+        x = p.slots.expand(len(local), -1, -1)
+        for _ in range(p.iterations):
+            slots, context = p.norm_slots(x), p.norm_local(local)
+            q, k, v = (
+                project(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+                for project, tokens in (
+                    (attention.to_q, slots),
+                    (attention.to_k, context),
+                    (attention.to_v, context),
+                )
+            )
+            x = x + attention.to_out(eager_slot_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + p.feedforward(p.norm_feedforward(x))
+        slots = p.norm_last(x)
+        out = p.norm_global(p.project_global(global_))[:, None] + slots
+        return SetOutput(functional.normalize(out, dim=-1), slots, None)
