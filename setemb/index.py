@@ -216,9 +216,8 @@ def embed_texts(model: SetEmbedder, texts: Sequence[str]) -> Tensor:
     config = model.config.text
     if config.encoder == "features":
         from setemb.features import TextFeatures
-        from setemb.modules.text import model_location
 
-        tokens, mask = TextFeatures(model_location(config.source)).encode(texts)
+        tokens, mask = TextFeatures(config.source).encode(texts)
     elif model.vocabulary is not None:
         from setemb.data.precomp import WordCaptions
 

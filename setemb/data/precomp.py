@@ -150,10 +150,9 @@ class FeatureCaptions:
         By default under ``$XDG_CACHE_HOME/setemb`` or ``~/.cache/setemb``.
         """
         from setemb.features import ArrayCache, TextFeatures
-        from setemb.modules.text import model_location
 
         def make(target: Path) -> None:
-            states, offsets = TextFeatures(model_location(source)).extract(texts)
+            states, offsets = TextFeatures(source).extract(texts)
             np.save(target / "states.npy", states)
             np.save(target / "offsets.npy", offsets)
 
