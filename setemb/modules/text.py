@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from setemb.modules.image import Pooling, RegionEncoder, pool
+from setemb.modules.image import RegionEncoder, pool
 from setemb.packages import model_location, require
 
 
@@ -57,16 +57,7 @@ class GRUTextEncoder(nn.Module):
 class FeatureTextEncoder(RegionEncoder):
     """Token states of a frozen language model, ``[B, T, dim_in]``: a `RegionEncoder` with the mean as global vector."""
 
-    def __init__(
-        self,
-        dim_in: int,
-        dim: int,
-        hidden: int | None = None,
-        dropout: float = 0.1,
-        input_dropout: float = 0.0,
-        pooling: Pooling = "mean",
-    ) -> None:
-        super().__init__(dim_in, dim, hidden, dropout, input_dropout, pooling)
+    default_pooling = "mean"
 
 
 class TransformerTextEncoder(nn.Module):
