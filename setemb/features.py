@@ -130,7 +130,8 @@ class TextFeatures:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_tokens)
         weights = _bert_weights(load_file(folder / "model.safetensors"), config["num_hidden_layers"])
-        self.encoder = _Bert(config, weights).eval()
+        with torch.device("meta"):  # the weights take the place of what would be drawn at random
+            self.encoder = _Bert(config, weights).eval()
         self.dim = int(config["hidden_size"])
 
     @torch.inference_mode()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +73,17 @@ def test_a_model_file_cut_short_or_altered_is_refused(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         SetEmbedder.from_pretrained(tmp_path)
+
+
+def test_a_saved_model_loads_with_the_required_packages_alone(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['omegaconf', 'lightning', 'typer', 'transformers']))\n"
+        "from setemb import SetEmbedder; print(len(SetEmbedder.from_pretrained(sys.argv[1]).state_dict()))"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=root)
+    assert result.stdout.strip() == str(len(tiny_model().state_dict())), result.stderr
 
 
 def test_a_wrong_model_description_is_refused(tmp_path):
