@@ -139,6 +139,14 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
         save_checkpoint({(1, 2): 3}, tmp_path / "c.safetensors")
 
 
+def test_names_with_dots_are_kept_apart(tmp_path):
+    tensors = {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}, 1: torch.ones(2), "1": torch.zeros(2)}
+    save_checkpoint(tensors, tmp_path / "c")
+    again = load_checkpoint(tmp_path / "c")
+    assert again["a.b"] == 0 and again["a"]["b"] == 1
+    assert again[1].tolist() == [1, 1] and again["1"].tolist() == [0, 0]
+
+
 def test_a_checkpoint_cut_short_or_altered_is_refused(tmp_path):
     path = tmp_path / "c.safetensors"
     save_checkpoint({"w": torch.arange(100.0), "epoch": 3}, path)
