@@ -85,3 +85,31 @@ def test_an_altered_index_is_one_sentence(collection: Path) -> None:
     assert code == 2
     assert "vectors.npy was cut short or altered" in " ".join(output.split())
     assert "Traceback" not in output
+
+
+def test_metadata_and_queries_of_any_kind_are_shown(collection: Path) -> None:
+    from setemb.index import SetIndex, embed_images
+    from setemb.model import SetEmbedder
+
+    model = SetEmbedder.from_pretrained(collection / "model")
+    vectors = embed_images(model, np.load(collection / "dev_ims.npy"))
+    meta = [{"year": 2000 + i, "tags": ["a", i], "seen": None, "id": "x", "score": 9.0, "row": -1} for i in range(12)]
+    SetIndex(vectors, [f"item-{i}" for i in range(12)], meta).save(collection / "index", model)
+    code, output = call("search", "--index", collection / "index", "--html", collection / "page.html", "[/thing] 3 [a]")
+    assert code == 0, output
+    assert "“[/thing] 3 [a]”" in output
+    assert "year: 2003" in (collection / "page.html").read_text()
+    code, output = call("search", "--index", collection / "index", "--json", "thing 3")
+    assert code == 0, output
+    for hit in json.loads(output)[0]["results"]:
+        assert hit["id"] == f"item-{hit['row']}"
+        assert hit["year"] == 2000 + hit["row"]
+        assert hit["score"] < 2
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(collection: Path) -> None:
+    (collection / "file").write_text("text")
+    code, output = call("index", collection / "model", "--data", collection, "--out", collection / "file" / "index")
+    assert code == 2
+    assert "Error:" in output
+    assert "Traceback" not in output
