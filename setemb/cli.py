@@ -6,8 +6,10 @@ import gc
 import importlib
 import json
 import logging
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,5 +138,16 @@ def usage_errors() -> Iterator[None]:
 
 
 def main() -> None:
-    gc.freeze()  # what is imported stays: walking through all of torch again and again takes half a second of a search
-    app()
+    # A search lives for a second or two. Walking through all of torch for garbage, and taking torch apart in the end,
+    # would be a third of it, and there is nothing to tidy up.
+    brief = sys.argv[1:2] == ["search"]
+    if brief:
+        gc.disable()
+    try:
+        app()
+    except SystemExit as end:
+        if brief and not end.code:
+            with suppress(BrokenPipeError):
+                sys.stdout.flush()
+            os._exit(0)
+        raise

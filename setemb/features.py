@@ -132,8 +132,7 @@ class TextFeatures:
             raise ValueError(f"{path} was cut short or altered: {error}") from error
         except KeyError as error:
             raise ValueError(f"{path} holds no BERT encoder: {error} is missing") from error
-        with torch.device("meta"):  # the weights take the place of what would be drawn at random
-            self.encoder = _Bert(config, weights).eval()
+        self.encoder = _Bert(config, weights).eval()
         self.dim = int(config["hidden_size"])
 
     @torch.inference_mode()

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from setemb.config import ModelConfig
@@ -138,13 +136,7 @@ class SetEmbedder(nn.Module):
             raise ValueError(f"{path} has format {found!r}, expected {FORMAT}")
         contents = {name: _verified(folder / name, entry) for name, entry in listed.items()}
         vocabulary = Vocabulary.from_text(contents["vocab.txt"].decode()) if "vocab.txt" in contents else None
-        config = from_dict(ModelConfig, settings)
-        # The weights are about to be read: drawing random ones first takes longer than that. (A language model inside
-        # the model reads its own.)
-        with nullcontext() if config.text.encoder == "transformer" else torch.device("meta"):
-            model = cls(config, vocabulary)
-        if config.text.encoder != "transformer":
-            model.to_empty(device="cpu")
+        model = cls(from_dict(ModelConfig, settings), vocabulary)
         try:
             model.load_state_dict(load(contents["model.safetensors"]))
         except (KeyError, RuntimeError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,13 @@ def test_a_path_that_cannot_be_written_is_one_sentence(collection: Path) -> None
     assert code == 2
     assert "Error:" in output
     assert "Traceback" not in output
+
+
+def test_the_program_says_all_it_found_and_how_it_ended(collection: Path) -> None:
+    call("index", collection / "model", "--data", collection, "--out", collection / "index")
+    for index, status in (("index", 0), ("absent", 2)):
+        arguments = ["search", "--index", collection / index, "-k", "12", "--json", "thing"]
+        command = [sys.executable, "-m", "setemb", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert result.returncode == status, result.stderr
+        assert (len(json.loads(result.stdout)[0]["results"]) == 12) if status == 0 else "no index" in result.stderr

@@ -265,6 +265,13 @@ def test_importing_setemb_stays_light():
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_the_help_does_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import setemb.cli; setemb.cli.app(['index', '--help'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+    assert "--data" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("missing", "module"),
     [("lightning", "setemb.training"), ("lightning", "setemb.data.loader"), ("typer", "setemb.cli")],
