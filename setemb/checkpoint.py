@@ -101,8 +101,9 @@ def _plain(tensor: Tensor) -> Tensor:
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     """JSON in which what JSON lacks is a one-entry dict with a key that starts with "$"."""
     if isinstance(value, Tensor):
-        tensors[where] = _plain(value)
-        return {"$tensor": where}
+        name = where if where not in tensors else f"{where} {len(tensors)}"  # a.b may be two keys or one with a dot
+        tensors[name] = _plain(value)
+        return {"$tensor": name}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, str):  # of a subclass: an enumeration

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +90,7 @@ def train(
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         model = train_precomp(config, folder, resume=resume is not None)
-    Console().print(f"model: {model}")
+    tell(f"model: {model}")
 
 
 @app.command("eval")
@@ -108,15 +111,20 @@ def evaluate(
             if not override.startswith("data."):
                 raise ValueError(f"eval takes data.KEY=VALUE settings alone, got {override!r}")
         report = evaluate_precomp(model, load_config(None, overrides or []).data, split, folds)
-    table = Table(title=f"{model}, split {split}: RSUM {report.rsum:.1f}")
+        if json_file is not None:
+            write_file(json_file, (json.dumps({"split": split, **report.to_dict()}, indent=2) + "\n").encode())
+    table = Table(title=escape(f"{model}, split {split}: RSUM {report.rsum:.1f}"))
     for column in ("", "R@1", "R@5", "R@10", "median rank", "mean rank"):
         table.add_column(column, justify="right" if column else "left")
     for name, recall in (("image → text", report.image_to_text), ("text → image", report.text_to_image)):
         figures = (recall.r1, recall.r5, recall.r10, recall.median_rank, recall.mean_rank)
         table.add_row(name, *(f"{figure:.1f}" for figure in figures))
     Console().print(table)
-    if json_file is not None:
-        write_file(json_file, (json.dumps({"split": split, **report.to_dict()}, indent=2) + "\n").encode())
+
+
+def tell(text: str) -> None:
+    """Prints as it is: a path with brackets is no markup, a long one is not wrapped."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -124,10 +132,22 @@ def usage_errors() -> Iterator[None]:
     """Bad input is one sentence on stderr and exit status 2, not a traceback."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
 def main() -> None:
-    app()
+    # A search lives for a second or two. Walking through all of torch for garbage, and taking torch apart in the end,
+    # would be a third of it, and there is nothing to tidy up.
+    brief = sys.argv[1:2] == ["search"]
+    if brief:
+        gc.disable()
+    try:
+        app()
+    except SystemExit as end:
+        if brief and not end.code:
+            with suppress(BrokenPipeError):
+                sys.stdout.flush()
+            os._exit(0)
+        raise

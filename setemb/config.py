@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -185,30 +186,37 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ())
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"an override must read key=value, got {override!r}")
-    layers.append(_omegaconf().from_dotlist(list(overrides)))
+        omegaconf = _omegaconf()
+        try:
+            layers.append(omegaconf.to_container(omegaconf.from_dotlist([override]), resolve=True))
+        except Exception as error:  # whatever the YAML reader raises
+            raise ValueError(f"cannot read the override {override!r}: {_first_line(error)}") from error
     return from_dict(Config, *layers)
 
 
 def from_dict(kind: type[Any], *layers: Mapping[str, Any]) -> Any:
-    """A dataclass of this module from nested mappings, each laid over the ones before; errors as in `load_config`."""
-    from omegaconf.errors import OmegaConfBaseException
+    """A dataclass of this module from nested mappings, each laid over the ones before; errors as in `load_config`.
 
-    omegaconf = _omegaconf()
-    config = omegaconf.structured(kind)
-    known = _keys(kind)
+    It does without omegaconf: a saved model loads with the required packages alone, and sooner.
+    """
+    result = kind()
+    known = dict(_flat(asdict(result), sections=True))
     for layer in layers:
-        for key in _keys_of(layer):
+        given = _flat(layer, sections=True)
+        for key, _ in given:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1, 0.5)
                 # A wrong section with the right last part is nearer than letters can tell.
                 same_end = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
                 hint = f'; did you mean "{(same_end or near)[0]}"?' if same_end or near else ""
                 raise ValueError(f'unknown setting "{key}"{hint}')
-        try:
-            config = omegaconf.merge(config, layer)
-        except OmegaConfBaseException as error:
-            raise ValueError(f"setting {error.full_key or '?'}: {str(error).splitlines()[0]}") from error
-    result = omegaconf.to_object(config)
+        for key, value in given:
+            if not isinstance(known[key], Mapping):
+                section, _, name = key.rpartition(".")
+                value = _converted(key, value, type(known[key]))
+                setattr(attrgetter(section)(result) if section else result, name, value)
+            elif not isinstance(value, Mapping):
+                raise ValueError(f"setting {key}: it is a section of settings, got {value!r}")
     values = dict(_flat(asdict(result)))
     for key, choices in _CHOICES.items():
         key = key.removeprefix("model.") if kind is ModelConfig else key
@@ -227,22 +235,34 @@ def _read_recipe(recipe: str | Path) -> Mapping[str, Any]:
         path = RECIPES / f"{recipe}.yaml"
         if not path.is_file():
             raise ValueError(f"recipe must be a .yaml file or one of {', '.join(recipes())}; got {str(recipe)!r}")
+    omegaconf = _omegaconf()
     try:
-        loaded = _omegaconf().load(path)
+        container = omegaconf.to_container(omegaconf.load(path), resolve=True)
     except Exception as error:  # OSError, and whatever the YAML reader raises
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    container = _omegaconf().to_container(loaded)
+        raise ValueError(f"cannot read {path}: {_first_line(error)}") from error
     if not isinstance(container, dict):
         raise ValueError(f"{path} must hold a mapping of settings")
     return container
 
 
-def _keys(kind: type[Any]) -> list[str]:
-    return [key for key, _ in _flat(asdict(kind()), sections=True)]
+def _converted(key: str, value: Any, kind: type[Any]) -> Any:
+    """A number or text as the setting's type, which is that of its default."""
+    takes: dict[type[Any], tuple[type[Any], ...]] = {
+        bool: (bool,),
+        int: (int, str),
+        float: (int, float, str),
+        str: (str, int, float, bool),
+    }
+    try:
+        if type(value) in takes[kind]:
+            return kind(value)
+    except ValueError:
+        pass
+    raise ValueError(f"setting {key}: it takes {kind.__name__}, got {value!r}")
 
 
-def _keys_of(layer: Mapping[str, Any]) -> list[str]:
-    return [key for key, _ in _flat(layer, sections=True)]
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _flat(mapping: Mapping[Any, Any], prefix: str = "", sections: bool = False) -> list[tuple[str, Any]]:

@@ -78,13 +78,15 @@ def evaluate_retrieval(
     """Ranks every caption for every image and every image for every caption.
 
     The rank of a query is the number of items that are *not* relevant to it and score at least as high as its best
-    relevant item: ties count against it, so a model that gives one score to all ranks last.
+    relevant item: ties count against it, so a model that gives one score to all ranks last. So does a score that is
+    not a number.
 
     Args:
         image_sets: ``[N, K, D]``.
         caption_sets: ``[M, L, D]``. By default caption c belongs to image ``c // captions_per_image``.
         captions_per_image: M / N.
-        folds: evaluate this many contiguous parts by themselves and average the figures (5 for COCO 1K).
+        folds: evaluate this many contiguous parts by themselves and average the figures (5 for COCO 1K); with groups,
+            all images of a group must lie in one.
         similarity: sets ``[n, K, D]``, ``[m, L, D]`` -> ``[n, m]``.
         block: images compared with all captions at a time.
         image_groups, caption_groups: integers ``[N]`` and ``[M]``, given together in place of ``captions_per_image``:
@@ -101,19 +103,22 @@ def evaluate_retrieval(
         ids.to(image_sets.device)
         for ids in _groups(len(image_sets), len(caption_sets), captions_per_image, image_groups, caption_groups)
     )
+    parts = _folds(own_images, own_captions, folds)
     ranks = [
-        _ranks(image_sets[i], caption_sets[c], own_images[i], own_captions[c], similarity, block)
-        for i, c in _folds(own_images, own_captions, folds)
+        _ranks(image_sets[i], caption_sets[c], own_images[i], own_captions[c], similarity, block) for i, c in parts
     ]
+    caption_ranks = np.empty(len(caption_sets), np.int64)
+    for (_, c), (_, of_fold) in zip(parts, ranks, strict=True):
+        caption_ranks[c.cpu().numpy()] = of_fold
 
     def mean(recalls: list[Recall]) -> Recall:
         return Recall(**{key: float(np.mean([getattr(r, key) for r in recalls])) for key in asdict(recalls[0])})
 
     return RecallReport(
         mean([Recall.from_ranks(image_ranks) for image_ranks, _ in ranks]),
-        mean([Recall.from_ranks(caption_ranks) for _, caption_ranks in ranks]),
+        mean([Recall.from_ranks(of_fold) for _, of_fold in ranks]),
         np.concatenate([image_ranks for image_ranks, _ in ranks]),
-        np.concatenate([caption_ranks for _, caption_ranks in ranks]),
+        caption_ranks,
     )
 
 
@@ -142,11 +147,11 @@ def _ranks(
     best_image = image_sets.new_full(caption_groups.shape, -torch.inf)
     for scores, relevant in blocks or score_blocks():
         positives = scores.masked_fill(~relevant, -torch.inf)
-        image_ranks.append(((scores >= positives.amax(1, keepdim=True)) & ~relevant).sum(1))
+        image_ranks.append((~(scores < positives.amax(1, keepdim=True)) & ~relevant).sum(1))
         best_image = torch.maximum(best_image, positives.amax(0))
     caption_ranks: Tensor = torch.zeros_like(caption_groups)
     for scores, relevant in blocks or score_blocks():
-        caption_ranks += ((scores >= best_image) & ~relevant).sum(0)
+        caption_ranks += (~(scores < best_image) & ~relevant).sum(0)
     return torch.cat(image_ranks).cpu().numpy(), caption_ranks.cpu().numpy()
 
 
@@ -190,4 +195,6 @@ def _folds(image_groups: Tensor, caption_groups: Tensor, folds: int | None) -> l
     for images in torch.arange(len(image_groups), device=image_groups.device).chunk(folds):
         captions = torch.isin(caption_groups, image_groups[images]).nonzero()[:, 0]
         result.append((images, captions))
+    if sum(len(captions) for _, captions in result) != len(caption_groups):
+        raise ValueError("image_groups: with folds, all images of a group must lie in one fold")
     return result

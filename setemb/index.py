@@ -130,7 +130,7 @@ class SetIndex:
             FileExistsError: the folder exists and is no index (it would be lost).
         """
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / "index.json").is_file():
+        if folder.exists() and not _may_be_replaced(folder):
             raise FileExistsError(f"{folder} exists and is not an index: choose another folder")
         finite = np.isfinite(self.vectors).all((1, 2))
         if not finite.all():
@@ -216,9 +216,8 @@ def embed_texts(model: SetEmbedder, texts: Sequence[str]) -> Tensor:
     config = model.config.text
     if config.encoder == "features":
         from setemb.features import TextFeatures
-        from setemb.modules.text import model_location
 
-        tokens, mask = TextFeatures(model_location(config.source)).encode(texts)
+        tokens, mask = TextFeatures(config.source).encode(texts)
     elif model.vocabulary is not None:
         from setemb.data.precomp import WordCaptions
 
@@ -226,6 +225,16 @@ def embed_texts(model: SetEmbedder, texts: Sequence[str]) -> Tensor:
     else:
         tokens, mask = cast(Any, model.text_encoder).tokenize(texts)
     return model.eval().encode_text({"texts": tokens, "text_mask": mask}).embeddings
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether it is an empty folder or an index, of whatever version."""
+    if not folder.is_dir():
+        return False
+    try:
+        return not any(folder.iterdir()) or json.loads((folder / "index.json").read_bytes())["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _read_description(path: Path) -> dict[str, Any]:

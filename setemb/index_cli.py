@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def build(
     half: Annotated[bool, typer.Option("--half", help="Keep the vectors in float16.")] = False,
 ) -> None:
     """Embed a collection of images with a trained model and keep it as a searchable index, the model included."""
-    from setemb.cli import usage_errors
+    from setemb.cli import tell, usage_errors
 
     with usage_errors():
         from setemb.training import load_model
@@ -50,7 +51,7 @@ def build(
         else:
             index = _index_precomp(loaded, data, split, half)
         index.save(out, loaded)
-    Console().print(f"{len(index)} images in {out}")
+    tell(f"{len(index)} images in {out}")
 
 
 @app.command("search")
@@ -92,7 +93,7 @@ def search(
             {
                 "query": text,
                 "results": [
-                    {"rank": rank, "score": score, "row": row, "id": loaded.ids[row], **loaded.meta[row]}
+                    _hit({"rank": rank, "score": score, "row": row, "id": loaded.ids[row]}, loaded.meta[row])
                     for rank, (score, row) in enumerate(zip(scores, rows, strict=True), 1)
                 ],
             }
@@ -124,28 +125,34 @@ def _index_precomp(model: SetEmbedder, folder: str, split: str, half: bool) -> S
     )
 
 
+def _hit(own: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of itself comes first, and wins over metadata of the same name."""
+    return {**own, **{key: value for key, value in meta.items() if key not in own}}
+
+
 def _table(result: Mapping[str, Any]) -> Table:
     """Rank, score, id, and whatever metadata the items have."""
     rows: Sequence[Mapping[str, Any]] = result["results"]
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
-    table = Table(title=f"“{result['query']}”", title_justify="left", header_style="bold")
+    table = Table(title=escape(f"“{result['query']}”"), title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in ("rank", "score") else "left", overflow="fold")
+        table.add_column(escape(column), justify="right" if column in ("rank", "score") else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_text(row.get(column, "")) for column in columns))
+        table.add_row(*(escape(_text(row.get(column, ""))) for column in columns))
     return table
 
 
 def _text(value: Any) -> str:
-    from rich.markup import escape
-
     if isinstance(value, float):
         return f"{value:.3f}"
-    return escape(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _write_page(path: Path, results: Sequence[Mapping[str, Any]], index: SetIndex) -> None:
     from setemb.checkpoint import write_file
+    from setemb.packages import require
+
+    require("jinja2", "demo")
     from setemb.demo.report import render_page
 
     pictures = (
@@ -153,4 +160,4 @@ def _write_page(path: Path, results: Sequence[Mapping[str, Any]], index: SetInde
         if index.pictures is None
         else {item["row"]: index.pictures[item["row"]] for result in results for item in result["results"]}
     )
-    write_file(path, render_page("search.html.j2", results=results, pictures=pictures).encode())
+    write_file(path, render_page("search.html.j2", results=results, pictures=pictures, text=_text).encode())

@@ -195,6 +195,16 @@ class BestCheckpoint(ModelCheckpoint):
             folder, "best", monitor="dev/rsum", mode="max", enable_version_counter=False, save_on_train_epoch_end=False
         )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of a run whose folder was moved or copied, Lightning would forget the best so far."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
+
 
 class LastCheckpoint(Callback):
     """``last.safetensors``: every ``every`` steps and at the end of each epoch, after its evaluation."""
@@ -231,8 +241,11 @@ def fit(
             machine with one number of threads).
 
     Raises:
-        ValueError, FileExistsError, FileNotFoundError: naming the folder.
+        ValueError, FileExistsError, FileNotFoundError: naming the setting or the folder.
     """
+    for name, value in (("epochs", config.trainer.epochs), ("validate_every", config.trainer.validate_every)):
+        if value < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, got {value}")
     folder = Path(folder)
     last = folder / "last.safetensors"
     if resume and not last.is_file():
@@ -318,7 +331,8 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
         vocabulary = Vocabulary.build(train.texts, settings.min_word_count)
         config.model.text.vocab_size = len(vocabulary)
     elif config.model.text.encoder == "features":
-        config.model.text.dim_in = 384
+        features = FeatureCaptions.cached(train.texts, config.model.text.source, settings.cache)
+        config.model.text.dim_in = features.states.shape[1]
     model = SetEmbedder(config.model, vocabulary)
     for data in (train, dev):
         data.captions = captions_for(model, data.texts, settings)

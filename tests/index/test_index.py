@@ -98,6 +98,16 @@ def test_saving_replaces_an_index_and_nothing_else(index: SetIndex, folder: Path
     assert (tmp_path / "thesis" / "chapter.txt").exists()
 
 
+def test_the_index_of_another_program_is_not_replaced(index: SetIndex, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.json").write_text('{"pages": []}')
+    (tmp_path / "file").write_text("text")
+    for name in ("site", "file"):
+        with pytest.raises(FileExistsError, match=f"{name} exists and is not an index"):
+            index.save(tmp_path / name)
+    assert (tmp_path / "site" / "index.json").read_text() == '{"pages": []}'
+
+
 @pytest.mark.parametrize("name", ["vectors.npy", "items.jsonl", "pictures.npy", "index.json"])
 def test_a_file_cut_short_is_refused(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()

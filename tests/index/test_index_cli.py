@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +87,41 @@ def test_an_altered_index_is_one_sentence(collection: Path) -> None:
     assert code == 2
     assert "vectors.npy was cut short or altered" in " ".join(output.split())
     assert "Traceback" not in output
+
+
+def test_metadata_and_queries_of_any_kind_are_shown(collection: Path) -> None:
+    from setemb.index import SetIndex, embed_images
+    from setemb.model import SetEmbedder
+
+    model = SetEmbedder.from_pretrained(collection / "model")
+    vectors = embed_images(model, np.load(collection / "dev_ims.npy"))
+    meta = [{"year": 2000 + i, "tags": ["a", i], "seen": None, "id": "x", "score": 9.0, "row": -1} for i in range(12)]
+    SetIndex(vectors, [f"item-{i}" for i in range(12)], meta).save(collection / "index", model)
+    code, output = call("search", "--index", collection / "index", "--html", collection / "page.html", "[/thing] 3 [a]")
+    assert code == 0, output
+    assert "“[/thing] 3 [a]”" in output
+    assert "year: 2003" in (collection / "page.html").read_text()
+    code, output = call("search", "--index", collection / "index", "--json", "thing 3")
+    assert code == 0, output
+    for hit in json.loads(output)[0]["results"]:
+        assert hit["id"] == f"item-{hit['row']}"
+        assert hit["year"] == 2000 + hit["row"]
+        assert hit["score"] < 2
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(collection: Path) -> None:
+    (collection / "file").write_text("text")
+    code, output = call("index", collection / "model", "--data", collection, "--out", collection / "file" / "index")
+    assert code == 2
+    assert "Error:" in output
+    assert "Traceback" not in output
+
+
+def test_the_program_says_all_it_found_and_how_it_ended(collection: Path) -> None:
+    call("index", collection / "model", "--data", collection, "--out", collection / "index")
+    for index, status in (("index", 0), ("absent", 2)):
+        arguments = ["search", "--index", collection / index, "-k", "12", "--json", "thing"]
+        command = [sys.executable, "-m", "setemb", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert result.returncode == status, result.stderr
+        assert (len(json.loads(result.stdout)[0]["results"]) == 12) if status == 0 else "no index" in result.stderr

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +75,17 @@ def test_a_model_file_cut_short_or_altered_is_refused(tmp_path, name):
         SetEmbedder.from_pretrained(tmp_path)
 
 
+def test_a_saved_model_loads_with_the_required_packages_alone(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['omegaconf', 'lightning', 'typer', 'transformers']))\n"
+        "from setemb import SetEmbedder; print(len(SetEmbedder.from_pretrained(sys.argv[1]).state_dict()))"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=root)
+    assert result.stdout.strip() == str(len(tiny_model().state_dict())), result.stderr
+
+
 def test_a_wrong_model_description_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -123,6 +137,14 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert load_checkpoint(tmp_path / "c.safetensors")["none"] == (None, True, "text")  # the old file is whole
     with pytest.raises(TypeError, match="a key of tuple"):
         save_checkpoint({(1, 2): 3}, tmp_path / "c.safetensors")
+
+
+def test_names_with_dots_are_kept_apart(tmp_path):
+    tensors = {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}, 1: torch.ones(2), "1": torch.zeros(2)}
+    save_checkpoint(tensors, tmp_path / "c")
+    again = load_checkpoint(tmp_path / "c")
+    assert again["a.b"] == 0 and again["a"]["b"] == 1
+    assert again[1].tolist() == [1, 1] and again["1"].tolist() == [0, 0]
 
 
 def test_a_checkpoint_cut_short_or_altered_is_refused(tmp_path):

@@ -38,11 +38,23 @@ def test_overrides_win_over_the_recipe(tmp_path):
         ("loss.kind=hinge", 'setting "loss.kind" must be one of triplet, info_nce, got .hinge.'),
         ("model.sets.padding=zero", 'setting "model.sets.padding" must be one of'),
         ("loss.margin", "an override must read key=value, got 'loss.margin'"),
+        ("data.dir=[x", r"cannot read the override 'data.dir=\[x'"),
+        ("data.dir=[x]", r"setting data.dir: it takes str, got \['x'\]"),
+        ("model.dim=2.5", "setting model.dim: it takes int, got 2.5"),
+        ("trainer.progress=3", "setting trainer.progress: it takes bool, got 3"),
+        ("model.text=gru", "setting model.text: it is a section of settings, got 'gru'"),
     ],
 )
 def test_wrong_settings_are_named(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(None, [override])
+
+
+def test_values_become_what_the_setting_takes():
+    config = load_config(None, ["loss.margin=1", "trainer.precision=32", "trainer.progress=false", "data.dir=2024"])
+    assert (config.loss.margin, config.trainer.precision, config.data.dir) == (1.0, "32", "2024")
+    assert type(config.loss.margin) is float
+    assert config.trainer.progress is False
 
 
 def test_wrong_recipes_are_named(tmp_path: Path):
@@ -53,6 +65,9 @@ def test_wrong_recipes_are_named(tmp_path: Path):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match=r"cannot read .*broken\.yaml"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "absent.yaml").write_text("data: {dir: '${oc.env:SETEMB_ABSENT}'}\n")
+    with pytest.raises(ValueError, match=r"cannot read .*absent\.yaml: .*SETEMB_ABSENT"):
+        load_config(tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="must hold a mapping"):
         load_config(tmp_path / "list.yaml")

@@ -219,6 +219,27 @@ def test_a_model_that_scores_all_alike_ranks_last():
     assert (report.caption_ranks == 3).all()
 
 
+def test_a_model_that_says_nan_ranks_last():
+    images, captions = torch.eye(4)[:, None], torch.eye(4)[:, None].repeat_interleave(5, 0)
+    report = evaluate_retrieval(torch.full_like(images, torch.nan), captions)
+    assert report.image_to_text.r1 == report.text_to_image.r1 == 0
+    assert (report.image_ranks == 15).all()
+    assert (report.caption_ranks == 3).all()
+    images[2] = torch.nan
+    report = evaluate_retrieval(images, captions)
+    assert report.image_ranks.tolist() == [0, 0, 15, 0]
+    assert report.caption_ranks.tolist() == [1] * 10 + [3] * 5 + [1] * 5
+
+
+def test_ranks_in_folds_stand_in_the_order_of_the_captions():
+    images, captions = torch.eye(4)[:, None], torch.eye(4)[[3, 2, 1, 1]][:, None]  # the last is of image 0
+    groups = {"image_groups": torch.arange(4), "caption_groups": torch.tensor([3, 2, 1, 0])}
+    report = evaluate_retrieval(images, captions, folds=2, **groups)
+    assert report.caption_ranks.tolist() == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match="all images of a group must lie in one fold"):
+        evaluate_retrieval(images, captions[:2], folds=2, image_groups=[0, 1, 0, 1], caption_groups=[0, 1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

