@@ -48,8 +48,9 @@ def renamed(arrays: dict[str, np.ndarray], prefix: str, names: dict[str, str]) -
     return result
 
 
+@pytest.mark.parametrize("absorbed", [False, True], ids=["projected", "absorbed"])
 @pytest.mark.parametrize("group", ["img_T4", "img_T4_f64", "img_masked", "txt_T4_sine"])
-def test_set_prediction_meets_the_published_numbers(published, group):
+def test_set_prediction_meets_the_published_numbers(published, group, absorbed):
     arrays = published("set_prediction.npz")
     cfg = json.loads(str(arrays[f"{group}/cfg"]))
     dtype, tolerance = (torch.float64, 1e-12) if group.endswith("f64") else (torch.float32, 1e-5)
@@ -63,6 +64,7 @@ def test_set_prediction_meets_the_published_numbers(published, group):
         dim_head=cfg["dim_head"],
         position="sine" if cfg["pos"] == "sine" else None,
         padding="dive",
+        absorbed=absorbed,
     )
     module.to(dtype).eval().load_state_dict(renamed(arrays, f"{group}/param/", NAMES))
     local = torch.tensor(arrays[f"{group}/local"], requires_grad=True)
