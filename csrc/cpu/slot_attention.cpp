@@ -59,6 +59,7 @@ class SlotAttention {
         rows_(p.heads / p.groups * p.slots),
         padded_rows_(round_up(rows_, kRowPadding)),
         block_(block_tokens(p)),
+        stride_(block_ + 16),
         chunks_(chunks(p, rows_)),
         scale_(static_cast<T>(p.scale)),
         token_eps_(static_cast<T>(p.token_eps)) {
@@ -78,10 +79,10 @@ class SlotAttention {
         attention_of_block(s, n);
         add_token_eps(s, n);
         for (int64_t r = 0; r < rows_; ++r) {
-          for (int64_t j = 0; j < n; j += lanes) s.row_sums.get()[r] += load(s.attention.get() + r * block_ + j);
+          for (int64_t j = 0; j < n; j += lanes) s.row_sums.get()[r] += load(s.attention.get() + r * stride_ + j);
         }
         output_rows(s, s.sums.get(), p_.value_features);
-        combine(s.out_rows.data(), rows_, s.attention.get(), block_, 1, s.v_rows.data(), n, p_.value_features, true);
+        combine(s.out_rows.data(), rows_, s.attention.get(), stride_, 1, s.v_rows.data(), n, p_.value_features, true);
       });
       T* const totals = chunks_ > 1 ? partial.get() + task * (size + rows_) + size : total + first_row(place);
       for (int64_t r = 0; r < rows_; ++r) totals[r] = sum(s.row_sums.get()[r]);
@@ -128,7 +129,7 @@ class SlotAttention {
         }
         if (need_q) {
           output_rows(s, s.sums.get(), p_.key_features);
-          combine(s.out_rows.data(), rows_, s.slope, block_, 1, s.k_rows.data(), n, p_.key_features, true);
+          combine(s.out_rows.data(), rows_, s.slope, stride_, 1, s.k_rows.data(), n, p_.key_features, true);
         }
       });
       zero_masked(place, to.k, p_.key_features);
@@ -171,8 +172,8 @@ class SlotAttention {
     explicit Scratch(const SlotAttention& a)
         : q(a.padded_rows_ * a.p_.key_features),
           sums(a.padded_rows_ * std::max(a.p_.key_features, a.p_.value_features)),
-          attention((a.rows_ + a.padded_rows_) * a.block_),
-          slope(attention.get() + a.rows_ * a.block_),
+          attention((a.rows_ + a.padded_rows_) * a.stride_),
+          slope(attention.get() + a.rows_ * a.stride_),
           k(direct ? 0 : a.block_ * a.p_.key_features),
           v(direct || a.p_.keys_are_values ? 0 : a.block_ * a.p_.value_features),
           bias(a.rows_),
@@ -307,33 +308,33 @@ class SlotAttention {
   // Columns n .. of the last vector become 0.
   void clear_tail(T* matrix, int64_t n) const {
     const int64_t end = round_up(n, lanes);
-    for (int64_t r = 0; r < rows_ && n < end; ++r) std::fill(matrix + r * block_ + n, matrix + r * block_ + end, T(0));
+    for (int64_t r = 0; r < rows_ && n < end; ++r) std::fill(matrix + r * stride_ + n, matrix + r * stride_ + end, T(0));
   }
 
   // A of n tokens, 0 in the columns up to the next whole vector.
   void attention_of_block(Scratch& s, int64_t n) const {
     T* const a = s.attention.get();
     const int64_t K = p_.slots;
-    dots(s.q_rows.data(), padded_rows_, s.k_rows.data(), round_up(n, kDotColumns<T>), p_.key_features, a, block_);
+    dots(s.q_rows.data(), padded_rows_, s.k_rows.data(), round_up(n, kDotColumns<T>), p_.key_features, a, stride_);
     clear_tail(a, n);
     const T scale = scale_ * log2_e;
     const V lowest = splat<T>(-Format<T>::bias);
     for (int64_t first = 0; first < rows_; first += K) {
       for (int64_t j = 0; j < n; j += lanes) {
-        T* const column = a + first * block_ + j;
+        T* const column = a + first * stride_ + j;
         const T* const bias = s.bias.get() + first;
         V top = load(column) * scale + bias[0];
-        for (int64_t k = 1; k < K; ++k) top = at_least<T>(top, load(column + k * block_) * scale + bias[k]);
+        for (int64_t k = 1; k < K; ++k) top = at_least<T>(top, load(column + k * stride_) * scale + bias[k]);
         V sum = V{};
         for (int64_t k = 0; k < K; ++k) {
           // below the normal numbers it is cut to where exp2_in_range gives 0; NaN stays
-          const V z = load(column + k * block_) * scale + bias[k] - top;
+          const V z = load(column + k * stride_) * scale + bias[k] - top;
           const V e = exp2_in_range<T>(at_least<T>(z, lowest));
           sum += e;
-          store(column + k * block_, e);
+          store(column + k * stride_, e);
         }
         const V inverse = T(1) / sum;
-        for (int64_t k = 0; k < K; ++k) store(column + k * block_, load(column + k * block_) * inverse);
+        for (int64_t k = 0; k < K; ++k) store(column + k * stride_, load(column + k * stride_) * inverse);
       }
     }
     clear_tail(a, n);
@@ -343,7 +344,7 @@ class SlotAttention {
   void add_token_eps(Scratch& s, int64_t n) const {
     if (token_eps_ == 0) return;
     for (int64_t r = 0; r < rows_; ++r) {
-      for (int64_t j = 0; j < n; ++j) s.attention.get()[r * block_ + j] += token_eps_;
+      for (int64_t j = 0; j < n; ++j) s.attention.get()[r * stride_ + j] += token_eps_;
     }
   }
 
@@ -351,19 +352,19 @@ class SlotAttention {
   void slope_of_block(Scratch& s, int64_t n) const {
     T* const slope = s.slope;
     const int64_t K = p_.slots;
-    dots(s.h_rows.data(), padded_rows_, s.v_rows.data(), round_up(n, kDotColumns<T>), p_.value_features, slope, block_);
+    dots(s.h_rows.data(), padded_rows_, s.v_rows.data(), round_up(n, kDotColumns<T>), p_.value_features, slope, stride_);
     clear_tail(slope, n);
     for (int64_t first = 0; first < rows_; first += K) {
       for (int64_t j = 0; j < n; j += lanes) {
-        T* const column = slope + first * block_ + j;
-        const T* const a = s.attention.get() + first * block_ + j;
+        T* const column = slope + first * stride_ + j;
+        const T* const a = s.attention.get() + first * stride_ + j;
         const T* const delta = s.delta.get() + first;
         V mean = V{};
-        for (int64_t k = 0; k < K; ++k) mean += load(a + k * block_) * (load(column + k * block_) - delta[k]);
+        for (int64_t k = 0; k < K; ++k) mean += load(a + k * stride_) * (load(column + k * stride_) - delta[k]);
         for (int64_t k = 0; k < K; ++k) {
-          const V by_logit = load(a + k * block_) * (load(column + k * block_) - delta[k] - mean);
+          const V by_logit = load(a + k * stride_) * (load(column + k * stride_) - delta[k] - mean);
           s.row_sums.get()[first + k] += by_logit;
-          store(column + k * block_, by_logit * scale_);
+          store(column + k * stride_, by_logit * scale_);
         }
       }
     }
@@ -381,7 +382,7 @@ class SlotAttention {
         s.out_rows[j] = s.gradient.get() + j * features;
       }
     }
-    combine(s.out_rows.data(), n, weights, 1, block_, slots, slot_count, features, false);
+    combine(s.out_rows.data(), n, weights, 1, stride_, slots, slot_count, features, false);
     if constexpr (!direct) {
       for (int64_t j = 0; j < n; ++j)
         write_row(s.out_rows[j], features, row_of<In>(to, place.item, place.group, s.tokens[j]));
@@ -427,6 +428,7 @@ class SlotAttention {
   const SlotAttentionProblem p_;
   const int64_t rows_, padded_rows_;  // the slots of the heads of one group
   const int64_t block_;               // tokens at a time
+  const int64_t stride_;              // of a row of weights: not a power of two, so that rows don't share cache sets
   const int64_t chunks_;              // an item
   const T scale_, token_eps_;
   std::vector<Scratch> scratch_;
