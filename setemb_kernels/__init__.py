@@ -2,9 +2,20 @@
 
 from setemb_kernels._version import __version__
 from setemb_kernels.backends import Backend, backends, build_info, load_cpu_module
+from setemb_kernels.losses import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
 from setemb_kernels.ops.slot_attention.op import slot_attention
 from setemb_kernels.ops.smooth_chamfer.op import smooth_chamfer
 
 load_cpu_module()
 
-__all__ = ["Backend", "__version__", "backends", "build_info", "slot_attention", "smooth_chamfer"]
+__all__ = [
+    "Backend",
+    "__version__",
+    "backends",
+    "build_info",
+    "set_infonce_loss",
+    "set_sigmoid_loss",
+    "set_triplet_loss",
+    "slot_attention",
+    "smooth_chamfer",
+]

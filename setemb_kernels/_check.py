@@ -55,17 +55,46 @@ def mask(name: str, value: Tensor | None, expected: tuple[int, ...], of_name: st
         raise ValueError(f"{name}: expected device {of.device} as of {of_name}, got {value.device}")
 
 
+def similar_sets(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> None:
+    """Two batches of sets that can be compared, with their masks."""
+    floating("x", x, SETS)
+    floating("y", y, SETS)
+    same_size("y", y, "x", x, {2: "features"})
+    like("y", y, "x", x)
+    mask("x_mask", x_mask, x.shape[:2], "x", x)
+    mask("y_mask", y_mask, y.shape[:2], "y", y)
+
+
+def group(name: str, value: Tensor | None, sets_name: str, sets: Tensor) -> None:
+    """`value` is None or one integer a set."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor of integers or None, got {type(value).__name__}")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {_dtype(value.dtype)}")
+    if value.shape != sets.shape[:1]:
+        raise ValueError(f"{name}: expected shape {list(sets.shape[:1])} as of {sets_name}, got {list(value.shape)}")
+    if value.device != sets.device:
+        raise ValueError(f"{name}: expected device {sets.device} as of {sets_name}, got {value.device}")
+
+
+def scalar(name: str, value: Tensor, device: torch.device) -> Tensor:
+    """A floating tensor of 0 dimensions, on the CPU or on `device`."""
+    if value.dim() != 0:
+        raise ValueError(f"{name}: expected a number or a tensor of 0 dimensions, got shape {list(value.shape)}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a floating dtype, got {_dtype(value.dtype)}")
+    if value.device.type != "cpu" and value.device != device:
+        raise ValueError(f"{name}: expected device cpu or {device}, got {value.device}")
+    return value
+
+
 def sharpness(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     """`value`, a finite number > 0, as a 0-dim tensor. The value of a tensor is checked where it is read, by the
     kernels."""
     if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name}: expected a number or a tensor of 0 dimensions, got shape {list(value.shape)}")
-        if value.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected a floating dtype, got {_dtype(value.dtype)}")
-        if value.device.type != "cpu" and value.device != device:
-            raise ValueError(f"{name}: expected device cpu or {device}, got {value.device}")
-        return value
+        return scalar(name, value, device)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(value).__name__}")
     positive_and_finite(name, value)

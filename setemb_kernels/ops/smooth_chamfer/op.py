@@ -67,12 +67,7 @@ def smooth_chamfer(
 
     Source: Kim, Kim, Kwak, "Improving Cross-Modal Retrieval with Set of Diverse Embeddings", CVPR 2023, equation 3.
     """
-    _check.floating("x", x, _check.SETS)
-    _check.floating("y", y, _check.SETS)
-    _check.same_size("y", y, "x", x, {2: "features"})
-    _check.like("y", y, "x", x)
-    _check.mask("x_mask", x_mask, x.shape[:2], "x", x)
-    _check.mask("y_mask", y_mask, y.shape[:2], "y", y)
+    _check.similar_sets(x, y, x_mask, y_mask)
     sharpness = _check.sharpness("alpha", alpha, x.device)
     result: Tensor = torch.ops.setemb.smooth_chamfer(x, y, sharpness, x_mask, y_mask)
     return result

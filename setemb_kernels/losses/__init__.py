@@ -1,0 +1,163 @@
+"""Contrastive losses over sets whose memory does not grow with the square of the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from setemb_kernels import _check
+from setemb_kernels.losses import infonce, sigmoid, triplet
+
+__all__ = ["set_infonce_loss", "set_sigmoid_loss", "set_triplet_loss"]
+
+
+def set_triplet_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    alpha: float | Tensor = 16.0,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    x_group: Tensor | None = None,
+    y_group: Tensor | None = None,
+    margin: float = 0.2,
+    negatives: Literal["hardest", "semi-hard", "all"] = "hardest",
+) -> Tensor:
+    r"""Hinge loss of positive pairs of sets against negatives, both ways, over their smooth-Chamfer similarities s.
+
+    .. math::
+        \frac{1}{|P|} \sum_{(n,m) \in P} \Big( [\mathrm{margin} + \max_{m'} s_{nm'} - s_{nm}]_+
+                                             + [\mathrm{margin} + \max_{n'} s_{n'm} - s_{nm}]_+ \Big)
+
+    where m' runs over the negatives of row n and n' over those of column m. The similarities are made a tile at a time
+    and never stored; the forward keeps N + M indices, and the backward visits winners and positives only.
+
+    Args:
+        x: ``[N, K, D]`` float32, bfloat16, float16 or float64.
+        y: ``[M, L, D]`` of the same dtype and device.
+        alpha: sharpness of the similarity, as in `smooth_chamfer`; may require a gradient.
+        x_mask: bool ``[N, K]``, True = valid.
+        y_mask: bool ``[M, L]``.
+        x_group: integer ``[N]``. Sets of x and y with equal ids are positives of each other, all others negatives.
+            Without ids set i of x belongs to set i of y.
+        y_group: integer ``[M]``.
+        margin: >= 0.
+        negatives: "hardest", as above; among equals the one of the lowest index. "semi-hard": the hardest of those less
+            similar than the positive itself; nothing where there is none. "all": the mean of the hinges over all
+            negatives in place of the hinge of the maximum. The last two take a second pass in the backward.
+
+    Returns:
+        A float32 (float64 for float64) scalar, 0 without positive pairs. A pair without negatives costs nothing. A
+        second derivative raises.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Source: Faghri et al., "VSE++", BMVC 2018; semi-hard: Schroff et al., "FaceNet", CVPR 2015.
+    """
+    arguments = _arguments(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    _check.not_negative_and_finite("margin", margin)
+    if negatives not in triplet.KINDS:
+        raise ValueError(f"negatives: expected one of {', '.join(triplet.KINDS)}, got {negatives!r}")
+    loss: Tensor = triplet.OP(*arguments, float(margin), negatives)[0]
+    return loss
+
+
+def set_infonce_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    alpha: float | Tensor = 16.0,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    x_group: Tensor | None = None,
+    y_group: Tensor | None = None,
+    temperature: float | Tensor = 0.05,
+    symmetric: bool = True,
+) -> Tensor:
+    r"""InfoNCE of positive pairs of sets against negatives, over their smooth-Chamfer similarities s.
+
+    .. math::
+        \frac{1}{|P|} \sum_{(n,m) \in P} \tfrac12 \Big(
+            -\log \frac{e^{s_{nm}/\tau}}{e^{s_{nm}/\tau} + \sum_{m'} e^{s_{nm'}/\tau}}
+            -\log \frac{e^{s_{nm}/\tau}}{e^{s_{nm}/\tau} + \sum_{n'} e^{s_{n'm}/\tau}} \Big)
+
+    where m' runs over the negatives of row n and n' over those of column m: other positives do not compete. Without
+    groups this is the usual symmetric cross-entropy. The similarities are made a tile at a time, again in the backward,
+    and never stored; the forward keeps ``2 (N + M)`` numbers.
+
+    Args:
+        temperature: a finite number > 0, or a 0-dim tensor that may require a gradient.
+        symmetric: else only the first of the two terms, rows against columns, in full.
+
+    The other arguments, the result and the errors are those of `set_triplet_loss`.
+
+    Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018.
+    """
+    arguments = _arguments(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
+    loss: Tensor = infonce.OP(*arguments, _check.sharpness("temperature", temperature, x.device), symmetric)[0]
+    return loss
+
+
+def set_sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    alpha: float | Tensor = 16.0,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    x_group: Tensor | None = None,
+    y_group: Tensor | None = None,
+    scale: float | Tensor = 10.0,
+    bias: float | Tensor = -10.0,
+) -> Tensor:
+    r"""Every pair of sets classified by itself: positive or not, from its smooth-Chamfer similarity s.
+
+    .. math:: \frac{1}{N} \sum_{n, m} \log(1 + e^{-t_{nm} (\mathrm{scale}\; s_{nm} + \mathrm{bias})})
+
+    with t = 1 for positive pairs and -1 for others. The similarities are made a tile at a time, again in the backward,
+    and never stored.
+
+    Args:
+        scale: a finite number > 0, or a 0-dim tensor that may require a gradient.
+        bias: a finite number, or such a tensor.
+
+    The other arguments, the result and the errors are those of `set_triplet_loss`.
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
+    """
+    arguments = _arguments(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    scale = _check.sharpness("scale", scale, x.device)
+    if not isinstance(bias, Tensor):
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise TypeError(f"bias: expected a number or a torch.Tensor, got {type(bias).__name__}")
+        if not -math.inf < bias < math.inf:
+            raise ValueError(f"bias: expected a finite number, got {bias}")
+        bias = torch.tensor(float(bias), dtype=torch.float64)
+    bias = _check.scalar("bias", bias, x.device)
+    loss: Tensor = sigmoid.OP(*arguments, scale, bias)[0]
+    return loss
+
+
+def _arguments(
+    x: Tensor,
+    y: Tensor,
+    alpha: float | Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    x_group: Tensor | None,
+    y_group: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """What all losses take first, checked."""
+    _check.similar_sets(x, y, x_mask, y_mask)
+    for name, group, sets_name, sets in (("x_group", x_group, "x", x), ("y_group", y_group, "y", y)):
+        _check.group(name, group, sets_name, sets)
+    if (x_group is None) != (y_group is None):
+        missing = "x_group" if x_group is None else "y_group"
+        raise ValueError(f"{missing}: expected ids as for the other side, got None")
+    return x, y, _check.sharpness("alpha", alpha, x.device), x_mask, y_mask, x_group, y_group

@@ -1,0 +1,92 @@
+"""What every loss needs of torch.library, written once: schema, implementation on any device, fake, autograd, autocast.
+
+A loss op returns a scalar and what its backward wants to know of each row and each column (``O(N + M)``). It is made of
+tiles (see `tiles`), so one implementation serves all devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from setemb_kernels._library import define, forbid_double_backward, register_autocast
+from setemb_kernels.losses.tiles import Gradients, Sets
+
+_SETS = "Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask, Tensor? x_group, Tensor? y_group"
+_COUNT = len(Sets._fields)
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[..., Sequence[Tensor]]
+
+
+def define_loss(
+    name: str,
+    scalars: Sequence[str],
+    options: str,
+    forward: Forward,
+    backward: Backward,
+    fake_state: Callable[..., tuple[Tensor, Tensor]],
+) -> Any:
+    """Define ``setemb::name`` and its backward, and return the op.
+
+    Args:
+        name: of the op.
+        scalars: names of its 0-dim tensor arguments, which may require gradients.
+        options: the rest of its schema, "bool symmetric".
+        forward: ``(sets, *scalars, *options) -> (loss, row state, column state)``.
+        backward: ``(sets, gradients, grad, row state, column state, *scalars, *options)`` -> gradients of the scalars;
+            adds to ``gradients``.
+        fake_state: ``(sets, *options) ->`` row and column state, for tracing.
+    """
+    rest = "".join(f", Tensor {scalar}" for scalar in scalars) + (f", {options}" if options else "")
+    name_forward, name_backward = f"setemb::{name}", f"setemb::{name}_backward"
+    define(name_forward, f"({_SETS}{rest}) -> (Tensor, Tensor, Tensor)")
+    results = ", ".join(["Tensor"] * (3 + len(scalars)))
+    needs = "bool need_x, bool need_y, bool need_alpha"
+    define(name_backward, f"(Tensor grad, Tensor rows, Tensor columns, {_SETS}{rest}, {needs}) -> ({results})")
+
+    @torch.library.impl(name_forward, "CompositeExplicitAutograd")
+    def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return forward(Sets(*args[:_COUNT]), *args[_COUNT:])
+
+    @torch.library.impl(name_backward, "CompositeExplicitAutograd")
+    def _(grad: Tensor, rows: Tensor, columns: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        sets, rest, needs = Sets(*args[:_COUNT]), args[_COUNT:-3], args[-3:]
+        gradients = Gradients(sets, *needs)
+        by_scalars = backward(sets, gradients, grad.to(sets.dtype), rows, columns, *rest)
+        return *gradients.results(), *(g.to(s.device, s.dtype) for g, s in zip(by_scalars, rest, strict=False))
+
+    @torch.library.register_fake(name_forward)
+    def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        sets = Sets(*args[:_COUNT])
+        return sets.x.new_empty((), dtype=sets.dtype), *fake_state(sets, *args[_COUNT + len(scalars) :])
+
+    @torch.library.register_fake(name_backward)
+    def _(grad: Tensor, rows: Tensor, columns: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        sets, (need_x, need_y, need_alpha) = Sets(*args[:_COUNT]), args[-3:]
+        return (
+            sets.x.new_empty(sets.x.shape if need_x else 0),
+            sets.y.new_empty(sets.y.shape if need_y else 0),
+            sets.alpha.new_empty(() if need_alpha else 0),
+            *(s.new_empty(()) for s in args[_COUNT : _COUNT + len(scalars)]),
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors = _COUNT + len(scalars)
+        ctx.save_for_backward(*output[1:], *inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def autograd(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        op = getattr(torch.ops.setemb, f"{name}_backward")
+        x, y, alpha, *by_scalars = op(grad, *ctx.saved_tensors, *ctx.options, *needs[:3])
+        first = [g if need else None for g, need in zip((x, y, alpha), needs, strict=False)]
+        last = [g if need else None for g, need in zip(by_scalars, needs[_COUNT:], strict=False)]
+        return *first, *(None,) * (_COUNT - 3), *last, *(None for _ in ctx.options)
+
+    torch.library.register_autograd(name_forward, autograd, setup_context=setup_context)
+    forbid_double_backward(name_backward)
+    register_autocast(name_forward, cast=2)
+    return getattr(torch.ops.setemb, name)

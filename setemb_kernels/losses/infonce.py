@@ -1,0 +1,88 @@
+"""Symmetric InfoNCE over similarities that are never stored.
+
+With ``z = s / temperature``, and over the negatives of each row and each column ``L_n = log sum_m e^(z_nm)`` and
+``L_m`` likewise, each positive pair costs ``(softplus(L_n - z_nm) + softplus(L_m - z_nm)) / 2``: the usual
+cross-entropy, other positives left out of its denominator. With ``w = g / (2 P temperature)``, g the upstream gradient
+and P the number of positive pairs:
+
+    dL/ds_nm = -w (sigmoid(L_n - z) + sigmoid(L_m - z))                    for a positive pair
+             =  w (R_n e^(z - L_n) + C_m e^(z - L_m))                      for a negative one
+
+where ``R_n`` and ``C_m`` sum ``sigmoid(L - z)`` over the positives of a row, of a column. So L, R and C are all that
+the forward has to keep: ``2 (N + M)`` numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from setemb_kernels.losses._op import define_loss
+from setemb_kernels.losses.tiles import Gradients, Sets
+
+
+def _forward(sets: Sets, temperature: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x, dtype = sets.x, sets.dtype
+    scale = 1 / temperature.to(x.device, dtype)
+    rows = x.new_full((len(x),), -math.inf, dtype=dtype)
+    columns = x.new_full((len(sets.y),), -math.inf, dtype=dtype)
+    positives = []
+    for r, c in sets.tiles():
+        z = sets.similarity(r, c).mul_(scale)
+        positive = sets.positive(r, c)
+        n, m = positive.nonzero(as_tuple=True)
+        positives.append((n + r.start, m + c.start, z[n, m]))
+        z.masked_fill_(positive, -math.inf)
+        rows[r] = torch.logaddexp(rows[r], z.logsumexp(1))
+        columns[c] = torch.logaddexp(columns[c], z.logsumexp(0))
+    n, m, z = (torch.cat(parts) for parts in zip(*positives, strict=True)) if positives else _no_pairs(x, dtype)
+    by_row, by_column = rows[n] - z, columns[m] - z
+    # The threshold only keeps softplus from rounding early: softplus(v) = v to float64 from 40 on.
+    loss = softplus(by_row, threshold=40).sum()
+    row_weight = torch.zeros_like(rows).index_add_(0, n, by_row.sigmoid())
+    column_weight = torch.zeros_like(columns)
+    if symmetric:
+        loss = (loss + softplus(by_column, threshold=40).sum()) / 2
+        column_weight.index_add_(0, m, by_column.sigmoid())
+    return loss / max(len(n), 1), torch.stack((rows, row_weight)), torch.stack((columns, column_weight))
+
+
+def _backward(
+    sets: Sets, gradients: Gradients, grad: Tensor, rows: Tensor, columns: Tensor, temperature: Tensor, symmetric: bool
+) -> list[Tensor]:
+    scale = 1 / temperature.to(sets.x.device, sets.dtype)
+    pairs = len(sets.positive_pairs()[0])
+    weight = grad * scale / (max(pairs, 1) * (2 if symmetric else 1))
+    by_scale = torch.zeros((), dtype=torch.float64, device=sets.x.device)
+    for r, c in sets.tiles():
+        s = sets.similarity(r, c)
+        z = s * scale
+        (row_lse, row_weight), (column_lse, column_weight) = rows[:, r], columns[:, c]
+        n, m = sets.positive(r, c).nonzero(as_tuple=True)
+        pull = (row_lse[n] - z[n, m]).sigmoid()
+        if symmetric:
+            pull += (column_lse[m] - z[n, m]).sigmoid()
+        g = (z - row_lse[:, None]).exp_().mul_(row_weight[:, None])
+        if symmetric:
+            g += z.sub_(column_lse).exp_().mul_(column_weight)
+        g[n, m] = -pull
+        g *= weight
+        by_scale += (g * s).sum(dtype=torch.float64)
+        gradients.add_tile(r, c, g)
+    return [-by_scale * scale]
+
+
+def _no_pairs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    none = torch.zeros(0, dtype=torch.int64, device=x.device)
+    return none, none, x.new_zeros(0, dtype=dtype)
+
+
+def _fake_state(sets: Sets, *options: object) -> tuple[Tensor, Tensor]:
+    x, y = sets.x, sets.y
+    return x.new_empty(2, x.shape[0], dtype=sets.dtype), y.new_empty(2, y.shape[0], dtype=sets.dtype)
+
+
+OP = define_loss("set_infonce_loss", ["temperature"], "bool symmetric", _forward, _backward, _fake_state)

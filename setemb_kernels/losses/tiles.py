@@ -1,0 +1,110 @@
+"""Similarities of two batches of sets a tile at a time: what every loss of this package is made of.
+
+A loss asks for a tile of similarities, takes from it what it needs (a maximum, a sum of exponentials), and drops it;
+in the backward pass it asks again, turns the tile into gradients of the loss for those similarities, and hands them to
+the backward of `smooth_chamfer`. So no more than a tile is ever stored, on any device: the kernels are those of
+``setemb::smooth_chamfer``, whatever serves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 1024
+"""Sets on either side of a tile: 4 MiB of similarities, and products large enough for their kernels."""
+
+
+class Sets(NamedTuple):
+    """The two batches, as the ops take them."""
+
+    x: Tensor
+    y: Tensor
+    alpha: Tensor
+    x_mask: Tensor | None
+    y_mask: Tensor | None
+    x_group: Tensor | None
+    y_group: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What losses are computed in: float64 for float64, else float32."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """All tiles, rows outermost."""
+        for rows in _pieces(len(self.x)):
+            for columns in _pieces(len(self.y)):
+                yield rows, columns
+
+    def similarity(self, rows: slice, columns: slice) -> Tensor:
+        """``[n, m]`` in `dtype`."""
+        masks = [None if m is None else m[s] for m, s in ((self.x_mask, rows), (self.y_mask, columns))]
+        s: Tensor = torch.ops.setemb.smooth_chamfer(self.x[rows], self.y[columns], self.alpha, *masks)
+        return s.to(self.dtype)
+
+    def positive(self, rows: slice, columns: slice) -> Tensor:
+        """bool ``[n, m]``: which pairs of the tile belong together. Without groups, set i of x with set i of y."""
+        x, y = (
+            torch.arange(s.start, s.stop, device=self.x.device) if group is None else group[s]
+            for group, s in ((self.x_group, rows), (self.y_group, columns))
+        )
+        return x[:, None] == y
+
+    def positive_pairs(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of all positive pairs, by row, then by column."""
+        device = self.x.device
+        x, y = (
+            torch.arange(len(sets), device=device) if group is None else group
+            for group, sets in ((self.x_group, self.x), (self.y_group, self.y))
+        )
+        ordered, order = torch.sort(y, stable=True)
+        first, last = torch.searchsorted(ordered, x), torch.searchsorted(ordered, x, right=True)
+        counts = last - first
+        rows = torch.repeat_interleave(torch.arange(len(x), device=device), counts)
+        offset = torch.arange(len(rows), device=device) - (counts.cumsum(0) - counts)[rows]
+        return rows, order[first[rows] + offset]
+
+
+class Gradients:
+    """Sums of what the tiles, or single pairs, add to the gradients of x, y and alpha."""
+
+    def __init__(self, sets: Sets, need_x: bool, need_y: bool, need_alpha: bool) -> None:
+        self.sets, self.needs = sets, (need_x, need_y, need_alpha)
+        self.x = torch.zeros_like(sets.x, dtype=sets.dtype) if need_x else sets.x.new_empty(0)
+        self.y = torch.zeros_like(sets.y, dtype=sets.dtype) if need_y else sets.y.new_empty(0)
+        self.alpha = torch.zeros((), dtype=torch.float64, device=sets.alpha.device)
+
+    def add_tile(self, rows: slice, columns: slice, by_similarity: Tensor) -> None:
+        """From the gradients ``[n, m]`` of the similarities of a tile."""
+        s = self.sets
+        masks = [None if m is None else m[p] for m, p in ((s.x_mask, rows), (s.y_mask, columns))]
+        x, y, alpha = torch.ops.setemb.smooth_chamfer_backward(
+            by_similarity.to(s.x.dtype), s.x[rows], s.y[columns], s.alpha, *masks, *self.needs
+        )
+        need_x, need_y, need_alpha = self.needs
+        if need_x:
+            self.x[rows] += x
+        if need_y:
+            self.y[columns] += y
+        if need_alpha:
+            self.alpha += alpha
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the dtypes of x, y and alpha; one that is not needed is empty ``[0]``."""
+        s, (need_x, need_y, need_alpha) = self.sets, self.needs
+        return (
+            self.x.to(s.x.dtype) if need_x else self.x,
+            self.y.to(s.y.dtype) if need_y else self.y,
+            self.alpha.to(s.alpha.dtype) if need_alpha else s.alpha.new_empty(0),
+        )
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    """Slices of nearly equal length, at most `TILE`."""
+    pieces = -(-count // TILE)
+    for i in range(pieces):
+        yield slice(i * count // pieces, (i + 1) * count // pieces)

@@ -1,0 +1,160 @@
+"""One table of cases for the losses over sets, against similarities that are stored, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from setemb_kernels import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call and what is special about it."""
+
+    name: str
+    N: int
+    M: int
+    K: int
+    L: int
+    D: int
+    alpha: float = 16.0
+    groups: int = 0
+    """How many ids there are; 0: no groups."""
+    masks: str = ""
+    """"random", "some empty" or none."""
+    norm: float = 1.0
+
+    def build(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        x, y = (
+            normalize(torch.randn(n, k, self.D, generator=generator, dtype=torch.float64), dim=-1) * self.norm
+            for n, k in ((self.N, self.K), (self.M, self.L))
+        )
+        arguments = {"x": x.to(dtype), "y": y.to(dtype), "alpha": torch.tensor(self.alpha, dtype=torch.float64)}
+        if self.groups:
+            for name, n in (("x_group", self.N), ("y_group", self.M)):
+                arguments[name] = torch.randint(-self.groups, 0, (n,), generator=generator)
+        if self.masks:
+            for name, n, k in (("x_mask", self.N, self.K), ("y_mask", self.M, self.L)):
+                mask = torch.rand(n, k, generator=generator) < 0.6
+                mask[:, 0] = True
+                if self.masks == "some empty":
+                    mask[::3] = False
+                arguments[name] = mask
+        return arguments
+
+
+CASES = [
+    Case("diagonal", 20, 20, 4, 4, 32),
+    Case("more columns than rows", 7, 23, 3, 4, 16),
+    Case("more rows than columns", 23, 7, 3, 4, 16),
+    Case("groups", 20, 31, 4, 4, 32, groups=7),
+    Case("few large groups", 20, 31, 2, 3, 8, groups=2),
+    Case("one group: no negatives", 6, 8, 2, 3, 8, groups=1),
+    Case("many groups: few positives", 20, 31, 2, 3, 8, groups=500),
+    Case("masks", 20, 31, 4, 5, 16, groups=7, masks="random"),
+    Case("empty sets", 20, 31, 4, 5, 16, groups=7, masks="some empty"),
+    Case("one pair", 1, 1, 2, 2, 8),
+    Case("one vector a set", 15, 15, 1, 1, 8),
+    Case("soft", 20, 31, 4, 4, 32, alpha=0.5, groups=7),
+    Case("long vectors", 20, 31, 4, 4, 32, norm=5.0, groups=7),
+    Case("nothing in x", 0, 5, 2, 2, 8),
+    Case("nothing in y", 5, 0, 2, 2, 8),
+]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, the numbers it takes, and the same over stored similarities."""
+
+    function: Callable[..., Tensor]
+    stored: Callable[..., Tensor]
+    scalars: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, arguments: dict[str, Any], scalars: dict[str, Tensor]) -> Tensor:
+        return self.function(**arguments, **scalars, **self.options)
+
+    def eager(self, arguments: dict[str, Any], scalars: dict[str, Tensor]) -> Tensor:
+        s, positive = stored_similarity(**arguments)
+        s = s if s.dtype == torch.float64 else s.float()
+        return self.stored(s, positive, **{n: v.to(s.dtype) for n, v in scalars.items()}, **self.options)
+
+
+def stored_similarity(
+    x: Tensor,
+    y: Tensor,
+    alpha: Tensor,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    x_group: Tensor | None = None,
+    y_group: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``[N, M]`` in the dtype of x, and which pairs are positive."""
+    if x_group is None or y_group is None:
+        x_group, y_group = torch.arange(len(x)), torch.arange(len(y))
+    a, b = (
+        v.new_ones(v.shape[:2], dtype=torch.bool) if mask is None else mask for v, mask in ((x, x_mask), (y, y_mask))
+    )
+    alpha = alpha.to(x.dtype)
+    z = alpha * torch.einsum("nkd,mld->nmkl", torch.where(a[..., None], x, 0), torch.where(b[..., None], y, 0))
+    z = torch.where(a[:, None, :, None] & b[:, None], z, float("-inf"))
+    by_row = torch.where(a[:, None] & b.any(1)[:, None], z.logsumexp(3), 0).sum(2) / a.sum(1).clamp(min=1)[:, None]
+    by_column = torch.where(a.any(1)[:, None, None] & b, z.logsumexp(2), 0).sum(2) / b.sum(1).clamp(min=1)
+    return (by_row + by_column) / (2 * alpha), x_group[:, None] == y_group
+
+
+def stored_triplet(s: Tensor, positive: Tensor, margin: float, negatives: str) -> Tensor:
+    total = s.sum() * 0
+    for n, m in positive.nonzero().tolist():
+        for others, allowed in ((s[n], ~positive[n]), (s[:, m], ~positive[:, m])):
+            if negatives == "semi-hard":
+                allowed = allowed & (others < s[n, m])
+            candidates = others[allowed]
+            if len(candidates):
+                hinge = (margin + candidates - s[n, m]).clamp(min=0)
+                total = total + (hinge.mean() if negatives == "all" else hinge.max())
+    return total / positive.sum().clamp(min=1)
+
+
+def stored_infonce(s: Tensor, positive: Tensor, temperature: Tensor, symmetric: bool) -> Tensor:
+    z = s / temperature
+    total = s.sum() * 0
+    for n, m in positive.nonzero().tolist():
+        for others, allowed in ((z[n], ~positive[n]), (z[:, m], ~positive[:, m]))[: 1 + symmetric]:
+            total = total + torch.cat((z[n, m, None], others[allowed])).logsumexp(0) - z[n, m]
+    return total / (positive.sum().clamp(min=1) * (1 + symmetric))
+
+
+def stored_sigmoid(s: Tensor, positive: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    z = s * scale + bias
+    return torch.where(positive, softplus(-z, threshold=40), softplus(z, threshold=40)).sum() / max(len(s), 1)
+
+
+LOSSES = {
+    "hardest": Loss(set_triplet_loss, stored_triplet, options={"margin": 0.2, "negatives": "hardest"}),
+    "semi-hard": Loss(set_triplet_loss, stored_triplet, options={"margin": 0.2, "negatives": "semi-hard"}),
+    "all": Loss(set_triplet_loss, stored_triplet, options={"margin": 0.3, "negatives": "all"}),
+    "infonce": Loss(set_infonce_loss, stored_infonce, {"temperature": 0.1}, {"symmetric": True}),
+    "infonce, rows": Loss(set_infonce_loss, stored_infonce, {"temperature": 0.02}, {"symmetric": False}),
+    "sigmoid": Loss(set_sigmoid_loss, stored_sigmoid, {"scale": 10.0, "bias": -5.0}),
+}
+
+
+def with_gradients(
+    compute: Callable[[dict[str, Any], dict[str, Tensor]], Tensor], arguments: dict[str, Any], scalars: dict[str, float]
+) -> dict[str, Tensor]:
+    """The loss and its gradients for x, y, alpha and the scalars."""
+    leaves = {n: arguments[n].detach().clone().requires_grad_() for n in ("x", "y", "alpha")}
+    numbers = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in scalars.items()}
+    loss = compute(arguments | leaves, numbers)
+    named = leaves | numbers
+    gradients = torch.autograd.grad(1.7 * loss, list(named.values()), allow_unused=True)
+    results = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(named.items(), gradients, strict=True)}
+    return {"loss": loss.detach(), **{f"{n}.grad": g for n, g in results.items()}}
