@@ -26,6 +26,10 @@ def device_name() -> str:
     return f"{model.group(1) if model else platform.processor()} {torch.get_num_threads()} threads"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="folder for the JSON file  [default: benchmarks/results]")
 
@@ -43,6 +47,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def _line(row: Row) -> str:
     mark = "ok" if row.met else "MISSED"
+    if row.batches:
+        return f"{row.op + ' ' + row.name:<76} {', '.join(f'{k} {v:,}' for k, v in row.batches.items())} {mark}"
     if row.memory_mib is not None:
         limit = "-" if row.limit_mib is None else f"{row.limit_mib:.0f}"
         return f"{row.op + ' ' + row.name:<76} {'':>9} {row.memory_mib:>5.1f} MiB {'':>6} {limit:>6} {mark:<7}"

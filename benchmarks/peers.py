@@ -1,9 +1,10 @@
-"""What slot attention is measured against: the same formulas in plain PyTorch, the way they are usually written."""
+"""What ours is measured against: the same formulas in plain PyTorch, the way they are usually written."""
 
 from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,3 +42,28 @@ class ProjectedEachIteration(nn.Module):
         slots = p.norm_last(x)
         out = p.norm_global(p.project_global(global_))[:, None] + slots
         return SetOutput(functional.normalize(out, dim=-1), slots, None)
+
+
+def eager_similarity(x: Tensor, y: Tensor, alpha: float = 16.0) -> Tensor:
+    """Smooth-Chamfer of all pairs, as one would write it."""
+    z = alpha * torch.einsum("nkd,mld->nmkl", x, y)
+    return (z.logsumexp(3).mean(2) + z.logsumexp(2).mean(2)) / (2 * alpha)
+
+
+def eager_triplet(x: Tensor, y: Tensor) -> Tensor:
+    s = eager_similarity(x, y)
+    own = s.diagonal()
+    negatives = s - torch.diag(torch.full_like(own, 1e4))
+    return sum((0.2 + negatives.amax(dim) - own).clamp(min=0).mean() for dim in (1, 0))  # type: ignore[return-value]
+
+
+def eager_infonce(x: Tensor, y: Tensor) -> Tensor:
+    z = eager_similarity(x, y) / 0.05
+    own = torch.arange(len(z), device=z.device)
+    return (functional.cross_entropy(z, own) + functional.cross_entropy(z.T, own)) / 2
+
+
+def eager_sigmoid(x: Tensor, y: Tensor) -> Tensor:
+    z = 10 * eager_similarity(x, y) - 10
+    sign = 2 * torch.eye(len(z), device=z.device) - 1
+    return functional.softplus(-sign * z).sum() / len(z)

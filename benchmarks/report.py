@@ -53,6 +53,10 @@ def _table(content: dict[str, Any]) -> str:
     ]
     memory = []
     for row in content["rows"]:
+        if "batches" in row:
+            figures = ", ".join(f"{name} {size:,}" for name, size in row["batches"].items())
+            memory.append(f"| {row['op']} {row['name']} | {figures} |")
+            continue
         if "memory_mib" in row:
             memory.append(f"| {row['op']} {row['name']} | {row['memory_mib']:.0f} MiB |")
             continue
@@ -62,7 +66,7 @@ def _table(content: dict[str, Any]) -> str:
         cells.append(f"{row['ratio']:.2f}")
         lines.append(f"| {' | '.join(cells + peers)} |")
     if memory:
-        lines += ["", "| peak memory beyond inputs, result and gradients | |", "|---|---|", *memory]
+        lines += ["", "| peak memory beyond inputs, result and gradients; largest batch | |", "|---|---|", *memory]
     return "\n".join(lines) + "\n"
 
 

@@ -12,17 +12,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.harness import ROWS, Function, Row, measure
+from benchmarks.peers import eager_similarity
 from setemb_kernels import smooth_chamfer
 
 ALPHA = 16.0
 F32, BF16 = torch.float32, torch.bfloat16
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-def eager(x: Tensor, y: Tensor) -> Tensor:
-    """What one would write."""
-    z = ALPHA * torch.einsum("nkd,mld->nmkl", x, y)
-    return (z.logsumexp(3).mean(2) + z.logsumexp(2).mean(2)) / (2 * ALPHA)
 
 
 def unit_sets(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -42,13 +37,15 @@ def forward_row(
     x, y = unit_sets(n, K, D, dtype, device), unit_sets(n, L, D, dtype, device)
     x_flat, y_flat = x.flatten(0, 1), y.flatten(0, 1)
     row = Row("smooth_chamfer", f"forward {n}x{n} K{K} L{L} D{D} {_name(dtype)} {device}", limit, "product")
-    compiled = torch.compile(eager, dynamic=False)
+    compiled = torch.compile(eager_similarity, dynamic=False)
     return measure(
         benchmark,
         row,
         ours=lambda: smooth_chamfer(x, y, alpha=ALPHA),
         floor=lambda: x_flat @ y_flat.T,
-        peers=_fitting({"eager": lambda: eager(x, y), "compiled": lambda: compiled(x, y)}, n * n * K * L, device),
+        peers=_fitting(
+            {"eager": lambda: eager_similarity(x, y), "compiled": lambda: compiled(x, y)}, n * n * K * L, device
+        ),
         operations=2.0 * n * n * K * L * D,
         device=device,
         rounds=9 if device == "cpu" else 30,
@@ -78,7 +75,9 @@ def backward_row(
         ours=step(lambda x, y: smooth_chamfer(x, y, alpha=ALPHA)),
         floor=three_products,
         peers=_fitting(
-            {"eager": step(eager), "compiled": step(torch.compile(eager, dynamic=False))}, 4 * n * n * K * K, device
+            {"eager": step(eager_similarity), "compiled": step(torch.compile(eager_similarity, dynamic=False))},
+            4 * n * n * K * K,
+            device,
         ),
         operations=6.0 * n * n * K * K * D,
         device=device,
