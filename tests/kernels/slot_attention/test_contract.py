@@ -105,6 +105,19 @@ def test_autocast_casts_like_a_matrix_product() -> None:
     assert q.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("double", ["q", "k", "v", "bias"])
+def test_autocast_leaves_float64_alone_and_mixes_nothing_with_it(double: str) -> None:
+    """Memory of one type would be read as another."""
+    values = dict(zip(("q", "k", "v", "bias"), (t.detach() for t in arguments(dtype=torch.float32)), strict=True))
+    values[double] = values[double].double()
+    all_double = {name: t.double() for name, t in values.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="expected float.* as in q, got float"):
+            slot_attention(**values)
+        out = slot_attention(**all_double)
+    assert torch.equal(out, slot_attention(**all_double))
+
+
 def test_second_derivative_raises() -> None:
     q, k, v, _ = arguments()
     (gradient,) = torch.autograd.grad(slot_attention(q, k, v).square().sum(), q, create_graph=True)
