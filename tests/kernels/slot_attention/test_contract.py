@@ -206,6 +206,19 @@ def test_expanded_keys_count_as_one_head() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("expanded", ["k", "v"])
+def test_keys_alone_or_values_alone_may_be_expanded(expanded: str) -> None:
+    q, k, v, _ = arguments()
+    values = {"k": k, "v": v}
+    values[expanded] = values[expanded][:, :1].expand(-1, 3, -1, -1)
+    copied = {name: t.clone(memory_format=torch.contiguous_format) for name, t in values.items()}
+    results = []
+    for tokens in (values, copied):
+        out = slot_attention(q, **tokens)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    torch.testing.assert_close(*results)
+
+
 def test_result_does_not_depend_on_threads() -> None:
     results = []
     threads = torch.get_num_threads()
