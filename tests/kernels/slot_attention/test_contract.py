@@ -197,6 +197,19 @@ def test_what_is_not_finite_reaches_only_its_own_item(value: float) -> None:
         tokens[1, 2, 3, 0] = 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float32, 0x7FC00101), (torch.float64, 0x7FF80000000007A2)], ids=["float32", "float64"]
+)
+def test_a_nan_of_any_payload_stays_one(dtype: torch.dtype, bits: int) -> None:
+    for slot in range(4):
+        q, k, v, _ = (t.detach() for t in arguments(dtype=dtype))
+        q.view(torch.int32 if dtype == torch.float32 else torch.int64)[0, 0, slot, 0] = bits
+        assert q.isnan().sum() == 1
+        out = slot_attention(q, k, v)
+        assert out[0, 0].isnan().all()
+        assert out[0, 1:].isfinite().all()
+
+
 def test_expanded_keys_count_as_one_head() -> None:
     q, k, v, _ = arguments(shared=True)
     one = slot_attention(q, k, v)
