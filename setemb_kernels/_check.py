@@ -24,8 +24,9 @@ def floating(name: str, value: Tensor, axes: tuple[str, ...]) -> None:
 
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Both have one dtype (under autocast they will have) and one device."""
-    if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+    """Both have one dtype (under autocast they will have, float64 aside) and one device."""
+    cast = torch.float64 not in (value.dtype, other.dtype) and torch.is_autocast_enabled(other.device.type)
+    if value.dtype != other.dtype and not cast:
         raise TypeError(f"{name}: expected {_dtype(other.dtype)} as in {other_name}, got {_dtype(value.dtype)}")
     if value.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} as of {other_name}, got {value.device}")

@@ -85,13 +85,14 @@ struct Format<double> {
 };
 
 // 2^t for |t| < bias - 1; the caller keeps t in range. Relative error below 1 ulp (float), 2 ulp (double). t = -bias
-// gives 0.
+// gives 0, NaN gives NaN, whatever its payload.
 template <class T>
 inline Vec<T> exp2_in_range(Vec<T> t) {
   using F = Format<T>;
   using VI = Vec<IntOf<T>>;
-  const Vec<T> shifted = t + F::round_to_integer;
-  const Vec<T> f = t - (shifted - F::round_to_integer);
+  constexpr T round_and_bias = F::round_to_integer + F::bias;
+  const Vec<T> shifted = t + round_and_bias;
+  const Vec<T> f = t - (shifted - round_and_bias);
   Vec<T> p;
   if constexpr (sizeof(T) == 4) {
     // minimax of 2^f on [-1/2, 1/2] in relative error: 2e-9
@@ -120,8 +121,9 @@ inline Vec<T> exp2_in_range(Vec<T> t) {
     p = p * g + 1.0;
     p = p * g + 1.0;
   }
-  // the low bits of `shifted` hold the integer part, which belongs into the exponent
-  return reinterpret_cast<Vec<T>>(reinterpret_cast<VI>(p) + (reinterpret_cast<VI>(shifted) << F::mantissa_bits));
+  // the low bits of `shifted` hold the integer part + bias: as an exponent they are the power of two. A product, not a
+  // sum of exponents, as p is NaN where t is
+  return p * reinterpret_cast<Vec<T>>(reinterpret_cast<VI>(shifted) << F::mantissa_bits);
 }
 
 // The logarithm of a product of many positive normal numbers: exponents add up as integers, mantissas multiply, and one

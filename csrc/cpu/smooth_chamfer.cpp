@@ -146,7 +146,7 @@ class SmoothChamfer {
     std::vector<double> out;
     for (size_t i = 0; i < norm.size(); ++i) {
       if (i % sets == 0) out.push_back(0);
-      if (!(norm[i] <= out.back())) out.back() = norm[i];  // NaN too
+      if (!std::isnan(out.back()) && !(norm[i] <= out.back())) out.back() = norm[i];  // NaN too, for good
     }
     return out;
   }

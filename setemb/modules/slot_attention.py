@@ -63,7 +63,7 @@ def read_tokens(
         return Tokens(keys, values, mask, absorbed=False)
     contexts = [key_context] if value_context is key_context else [key_context, value_context]
     device = key_context.device.type
-    if torch.is_autocast_enabled(device):  # once, not at each iteration
+    if torch.is_autocast_enabled(device) and key_context.dtype != torch.float64:  # once, not at each iteration
         contexts = [context.to(torch.get_autocast_dtype(device)) for context in contexts]
     keys, *values = (context[:, None] for context in contexts)
     return Tokens(keys, values[0] if values else None, mask, absorbed=True)

@@ -156,3 +156,13 @@ def test_autocast(absorbed):
     half.float().sum().backward()
     assert (nn.functional.cosine_similarity(half.float(), plain, dim=-1) > 0.999).all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_autocast_leaves_float64_alone(absorbed):
+    torch.manual_seed(0)
+    module = SetPrediction(24, 16, 16, 3, 2, heads=2, dim_head=8, absorbed=absorbed).double().eval()
+    local, global_ = normal(5, 12, 24), normal(5, 16, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(local, global_).embeddings
+    assert torch.equal(out, module(local, global_).embeddings)

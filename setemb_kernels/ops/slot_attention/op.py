@@ -76,9 +76,9 @@ def slot_attention(
         q: ``[B, H, K, Dk]`` slots; float32, bfloat16, float16 or float64 (on a GPU: the reference). Any strides.
         k: ``[B, H, T, Dk]`` keys, or ``[B, 1, T, Dk]``, one head for all heads of q. Of the dtype and device of q.
         v: ``[B, H, T, Dv]`` values, or ``[B, 1, T, Dv]``; as many heads as k. None where the keys are the values too:
-            then k is read once and gets one gradient. A k or v *expanded* over heads (stride 0) counts as one head;
-            pass one head yourself where its gradient matters, as that of an expanded tensor is made at full size by
-            torch.
+            then k is read once and gets one gradient. k and v that are both *expanded* over heads (stride 0) count as
+            one head; pass one head yourself where its gradient matters, as that of an expanded tensor is made at full
+            size by torch.
         bias: ``[B, H, K]``, added to the logits of a slot whatever the token; of the dtype of q.
         mask: bool ``[B, T]``, True = valid. A token that is not valid contributes exactly nothing, whatever it holds,
             and gets gradient 0.
@@ -102,7 +102,9 @@ def slot_attention(
     Kim, Kim, Kwak, "Improving Cross-Modal Retrieval with Set of Diverse Embeddings", CVPR 2023, section 3.2.
     """
     _check.floating("q", q, _check.SLOTS)
-    k, v = (_one_head_if_expanded(t) for t in (k, v))
+    one_k, one_v = (_one_head_if_expanded(t, q.shape[1]) for t in (k, v))
+    if all(not isinstance(t, Tensor) or (t.dim() == 4 and t.shape[1] == 1) for t in (one_k, one_v)):
+        k, v = one_k, one_v
     for name, value in (("k", k), ("v", k if v is None else v)):
         _check.floating(name, value, _check.TOKENS)
         _check.same_size(name, value, "q", q, {0: "items"})
@@ -128,8 +130,8 @@ def slot_attention(
     return (out, _attention(q, k, bias, mask, scale)) if return_attention else out
 
 
-def _one_head_if_expanded(t: Tensor) -> Tensor:
-    if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] > 1 and t.stride(1) == 0:
+def _one_head_if_expanded(t: Tensor, heads: int) -> Tensor:
+    if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == heads > 1 and t.stride(1) == 0:
         return t[:, :1]
     return t
 

@@ -105,6 +105,19 @@ def test_autocast_casts_like_a_matrix_product() -> None:
     assert q.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("double", ["q", "k", "v", "bias"])
+def test_autocast_leaves_float64_alone_and_mixes_nothing_with_it(double: str) -> None:
+    """Memory of one type would be read as another."""
+    values = dict(zip(("q", "k", "v", "bias"), (t.detach() for t in arguments(dtype=torch.float32)), strict=True))
+    values[double] = values[double].double()
+    all_double = {name: t.double() for name, t in values.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="expected float.* as in q, got float"):
+            slot_attention(**values)
+        out = slot_attention(**all_double)
+    assert torch.equal(out, slot_attention(**all_double))
+
+
 def test_second_derivative_raises() -> None:
     q, k, v, _ = arguments()
     (gradient,) = torch.autograd.grad(slot_attention(q, k, v).square().sum(), q, create_graph=True)
@@ -184,6 +197,19 @@ def test_what_is_not_finite_reaches_only_its_own_item(value: float) -> None:
         tokens[1, 2, 3, 0] = 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float32, 0x7FC00101), (torch.float64, 0x7FF80000000007A2)], ids=["float32", "float64"]
+)
+def test_a_nan_of_any_payload_stays_one(dtype: torch.dtype, bits: int) -> None:
+    for slot in range(4):
+        q, k, v, _ = (t.detach() for t in arguments(dtype=dtype))
+        q.view(torch.int32 if dtype == torch.float32 else torch.int64)[0, 0, slot, 0] = bits
+        assert q.isnan().sum() == 1
+        out = slot_attention(q, k, v)
+        assert out[0, 0].isnan().all()
+        assert out[0, 1:].isfinite().all()
+
+
 def test_expanded_keys_count_as_one_head() -> None:
     q, k, v, _ = arguments(shared=True)
     one = slot_attention(q, k, v)
@@ -191,6 +217,19 @@ def test_expanded_keys_count_as_one_head() -> None:
     assert torch.equal(one, expanded)
     for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (one, expanded)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("expanded", ["k", "v"])
+def test_keys_alone_or_values_alone_may_be_expanded(expanded: str) -> None:
+    q, k, v, _ = arguments()
+    values = {"k": k, "v": v}
+    values[expanded] = values[expanded][:, :1].expand(-1, 3, -1, -1)
+    copied = {name: t.clone(memory_format=torch.contiguous_format) for name, t in values.items()}
+    results = []
+    for tokens in (values, copied):
+        out = slot_attention(q, **tokens)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    torch.testing.assert_close(*results)
 
 
 def test_result_does_not_depend_on_threads() -> None:

@@ -210,9 +210,12 @@ def test_a_set_without_vectors_has_similarity_0_and_no_gradient() -> None:
     assert torch.equal(s[2], smooth_chamfer(x[2:, :1], y)[0])
 
 
+@pytest.mark.parametrize("unit", [False, True], ids=["any norm", "unit vectors"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_only_its_own_pairs(value: float) -> None:
+def test_what_is_not_finite_reaches_only_its_own_pairs(value: float, unit: bool) -> None:
     x, y = sets(5, 3, 16, dtype=torch.float32).detach(), sets(40, 3, 16, dtype=torch.float32, seed=1).detach()
+    if unit:  # these take another path
+        x, y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, y))
     clean = smooth_chamfer(x, y)
     x[2, 1, 4] = value
     y[17, 0, 0] = value
