@@ -1,0 +1,374 @@
+"""Slot attention on a GPU, in Triton: the host side. `triton_kernels` has the kernels, `reference` the maths.
+
+    forward     weights_kernel           q, k -> W ``[B, H, K, T]``
+                gather_kernel            W, v -> out, total
+    backward    delta_kernel             grad, out -> grad . out
+                logit_gradients_kernel   q, k, grad, v -> W / total, dz ``[B, H, K, T]``
+                gather_kernel            dz, k -> dq, dbias
+                spread_kernel            W / total, grad -> dv, and dz, q -> dk
+
+**Why W passes through memory**, if only for a few items at a time (`WORKSPACE_BYTES`, which the L2 cache holds). All of
+this is bound by memory: of k and v, read once, a byte takes part in as many multiplications as there are rows (slots of
+all heads that share keys), 4 to 64, and a tensor core wants hundreds. R rows of W add 4 R bytes, written and read, to the
+2 (Dk + Dv) of a token: 1.6 % where 16 slots share D = 1024, 6 % for 8 slots of a head with D = 128, from the cache.
+
+  (a) One fused kernel saves that, and a launch. But it needs the sums ``[R, Dv]`` of all features in registers, 64 KiB
+      for 16 rows of D = 1024, and a block of v with all features at a time, which no copy can run ahead of; from R Dv
+      = 32,768 on, features must be split and the logits made again for each part. In the backward, dk of heads that do not
+      fit in one tile has to be added up by one launch after the other.
+  (b) Two kernels are products with a plain loop each, over features and over tokens, that the compiler pipelines, a
+      few registers a thread, more programs by a factor of Dv / 128; any number of rows and features fits; dk and dv
+      are summed over heads within a product.
+
+Hence (b); in both ways k is read a second time for dq. (These are counts, not timings.) No atomics: every sum is taken by
+one program in one order, or by splits of the tokens, that are added in order.
+
+**Range.** Weights are stored in the dtype of the inputs. In float16 they are scaled by powers of two: W so that the
+largest is just in range (a slot that no token chose still has weights, and their mean), dz by the largest upstream
+gradient of the item. Both products with `grad` take it as it is: grad / total could be out of range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from setemb_kernels import _triton
+from setemb_kernels.ops.slot_attention import triton_kernels as kernels
+
+# --- tile sizes
+
+WORKSPACE_BYTES = 32 << 20
+"""What the weights of as many items as are processed at a time take; one item may need more."""
+
+ALIGNMENT = 16
+"""Rows of the workspace hold a multiple of so many tokens, so that they are read 16 bytes at a time."""
+
+MAX_SLOTS = 256
+"""K may be at most this, so that a tile holds whole heads."""
+
+
+SPLIT_TOKENS = 256
+"""Tokens that a program sums over at least, before more programs are worth their launch."""
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch options of a kernel."""
+
+    rows: int
+    tokens: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        names = {"rows": "ROWS", "tokens": "TOKENS", "block_d": "BLOCK_D"}
+        return {names.get(name, name): value for name, value in self._asdict().items()} | {"enable_fp_fusion": True}
+
+
+def weights_config(heads: int, K: int, D: int, dtype: torch.dtype, arch: int) -> Config:
+    """Tile sizes of the kernels that make weights of `heads` heads of K slots each, D features; arch is 10 * major +
+    minor of the compute capability. A tile holds whole heads, 16 rows at least and 64 where there are so many."""
+    slots = _triton.next_power_of_two(K)
+    rows = max(16, slots, min(64, _triton.next_power_of_two(heads) * slots))
+    return Config(rows, 64 if rows <= 64 else 32, _block_d(D, 32 if dtype == torch.float32 else 64), 4, 4)
+
+
+def gather_config(rows: int, D: int, dtype: torch.dtype, arch: int) -> Config:
+    """Tile sizes of the kernel that sums over tokens, for so many rows of an item."""
+    rows = min(64, max(16, _triton.next_power_of_two(rows)))
+    return Config(rows, 32 if dtype == torch.float32 else 64, _block_d(D, 64 if dtype == torch.float32 else 128), 4, 4)
+
+
+def spread_config(rows: int, D: int, dtype: torch.dtype, arch: int) -> Config:
+    """Tile sizes of the kernel that sums over so many rows of an item."""
+    rows = min(64, max(16, _triton.next_power_of_two(rows)))
+    return Config(rows, 64, _block_d(D, 64 if dtype == torch.float32 else 128), 4, 2)
+
+
+def _block_d(D: int, largest: int) -> int:
+    return min(largest, max(16, _triton.next_power_of_two(D)))
+
+
+def _layout(K: int) -> dict[str, int]:
+    """The order of rows in a tile of weights: GROUP heads of SLOTS slots to a block of 16."""
+    slots = _triton.next_power_of_two(K)
+    return {"SLOTS": slots, "GROUP": max(1, 16 // slots)}
+
+
+# --- host
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    eps: float,
+    token_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The update ``[B, H, K, Dv]`` in the dtype of q and ``total [B, H, K]`` in float32. See `op.slot_attention`."""
+    out, total = _empty_like_slots(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if 0 in total.shape:
+        return out, total
+    factor = 1.0
+    if q.dtype == torch.float16:  # the largest weight is just in range
+        factor = 2.0 ** (15 - math.ceil(math.log2(1 + token_eps)))
+    with torch.cuda.device_of(q):
+        for items, (weights,) in _parts(q, k, workspaces=1):
+            call = _Call(q[items], k[items], bias, mask, items, scale)
+            call.weights(weights, token_eps, factor)
+            call.gather(weights, v[items], None, out[items], total[items], 1 / factor, 1.0, eps, normalize=True)
+    return out, total
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    total: Tensor,
+    scale: float,
+    token_eps: float,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for q, k, v and bias from the upstream ``grad [B, H, K, Dv]``; one that is not needed comes back empty
+    ``[0]``. Memory beyond inputs and outputs: `WORKSPACE_BYTES`, and some of the size of total."""
+    need_rows = need_q or need_bias  # made together
+    allocate = k.new_zeros if 0 in total.shape else k.new_empty
+    grad_k, grad_v = allocate(k.shape if need_k else 0), allocate(v.shape if need_v else 0)
+    grad_q = _empty_like_slots(q, q.shape[3]) if need_rows else q.new_empty(0)
+    grad_bias = q.new_empty(q.shape[:3] if need_rows else 0)
+    need_logits = need_rows or need_k
+    if 0 not in total.shape and (need_logits or need_v):
+        factor = 2.0**15 if q.dtype == torch.float16 else 1.0  # of weights that are at most 1
+        with torch.cuda.device_of(q):
+            delta = _delta(grad, out) if need_logits else None
+            factors = _factors(grad) if q.dtype == torch.float16 and need_logits else None
+            for items, (weights, by_logit) in _parts(q, k, workspaces=2):
+                call = _Call(q[items], k[items], bias, mask, items, scale)
+                upstream, powers = grad[items], None if factors is None else factors[items]
+                rows = (upstream, v[items], None if delta is None else delta[items], total.contiguous()[items], powers)
+                call.logit_gradients(
+                    *rows, weights if need_v else None, by_logit if need_logits else None, token_eps, factor
+                )
+                if need_v:
+                    call.spread(weights, upstream, None, grad_v[items], 1 / factor)
+                if need_k:
+                    call.spread(by_logit, call.q, powers, grad_k[items], scale)
+                if need_rows:
+                    call.gather(by_logit, call.k, powers, grad_q[items], grad_bias[items], 1.0, scale, 0.0)
+    empty = q.new_empty(0)
+    return grad_q if need_q else empty, grad_k, grad_v, grad_bias if need_bias else empty.clone()
+
+
+def _empty_like_slots(q: Tensor, features: int) -> Tensor:
+    """``[B, H, K, features]`` in the memory order of q: heads outermost where they are so in q, else contiguous."""
+    B, H, K, _ = q.shape
+    heads_first = q.transpose(0, 1).is_contiguous() and not q.is_contiguous()
+    return q.new_empty(H, B, K, features).transpose(0, 1) if heads_first else q.new_empty(B, H, K, features)
+
+
+def _parts(q: Tensor, k: Tensor, workspaces: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of the items, and so many workspaces ``[items, H, K, padded]`` for each, which share `WORKSPACE_BYTES`."""
+    B, H, K, _ = q.shape
+    if K > MAX_SLOTS:
+        raise ValueError(f"q: expected at most {MAX_SLOTS} slots on a GPU, got {K}")
+    padded = triton.cdiv(k.shape[2], ALIGNMENT) * ALIGNMENT
+    most = WORKSPACE_BYTES // (workspaces * max(1, H * K * padded) * q.element_size())
+    step = min(B, max(1, most))
+    memory = [q.new_empty(step, H, K, padded) for _ in range(workspaces)]
+    for first in range(0, B, step):
+        items = slice(first, min(first + step, B))
+        yield items, [weights[: items.stop - first] for weights in memory]
+
+
+class _Call:
+    """The launches for some of the items, given q and k of those, bias and mask of all."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, items: slice, scale: float
+    ) -> None:
+        self.q, self.k, self.scale = q, k, scale
+        self.bias = None if bias is None else bias[items]
+        self.mask = None if mask is None else mask[items]
+        self.programs, self.arch = _triton.device(q)
+        (self.B, self.H, self.K, _), self.groups, self.T = q.shape, k.shape[1], k.shape[2]
+        self.heads = self.H // self.groups
+        self.mask_strides = _triton.strides(self.mask, 2)
+        self.precision = _triton.precision()
+
+    def weights(self, weights: Tensor, token_eps: float, factor: float) -> None:
+        """Fill ``weights [B, H, K, padded]``."""
+        if self.T:
+            grid, config, counts = self._weights_launch(self.q.shape[3])
+            kernels.weights_kernel[grid](
+                self.q, self.k, self.bias, self.mask, weights, *counts, self.q.shape[3], weights.shape[3], self.scale,
+                token_eps, factor, *self._strides(), **_layout(self.K), **config.launch(), PRECISION=self.precision,
+            )  # fmt: skip
+
+    def logit_gradients(
+        self,
+        grad: Tensor,
+        v: Tensor,
+        delta: Tensor | None,
+        total: Tensor,
+        factors: Tensor | None,
+        weights: Tensor | None,
+        by_logit: Tensor | None,
+        token_eps: float,
+        factor: float,
+    ) -> None:
+        """Fill ``weights`` and ``by_logit [B, H, K, padded]``, where given."""
+        like = by_logit if weights is None else weights
+        if self.T and like is not None:
+            grid, config, counts = self._weights_launch(max(self.q.shape[3], v.shape[3]))
+            kernels.logit_gradients_kernel[grid](
+                self.q, self.k, self.bias, self.mask, v, grad, delta, total, factors, weights, by_logit, *counts,
+                self.q.shape[3], v.shape[3], like.shape[3], self.scale, token_eps, factor, *self._strides(),
+                *v.stride(), *grad.stride(), **_layout(self.K), **config.launch(), PRECISION=self.precision,
+            )  # fmt: skip
+
+    def _weights_launch(self, D: int) -> tuple[tuple[int], Config, tuple[int, ...]]:
+        """Grid, tile sizes and the counts among the arguments."""
+        config = weights_config(self.heads, self.K, D, self.q.dtype, self.arch)
+        head_blocks = triton.cdiv(self.heads, config.rows // _layout(self.K)["SLOTS"])
+        token_blocks = triton.cdiv(self.T, config.tokens)
+        counts = (head_blocks, token_blocks, self.groups, self.heads, self.K, self.T)
+        return (head_blocks * token_blocks * self.B * self.groups,), config, counts
+
+    def _strides(self) -> tuple[int, ...]:
+        return *self.q.stride(), *self.k.stride(), *_triton.strides(self.bias, 3), *self.mask_strides
+
+    def gather(
+        self,
+        weights: Tensor,
+        tokens: Tensor,
+        factors: Tensor | None,
+        out: Tensor,
+        sums: Tensor,
+        factor: float,
+        scale: float,
+        eps: float,
+        normalize: bool = False,
+    ) -> None:
+        """Fill ``out [B, H, K, D]`` and ``sums [B, H, K]`` with sums over tokens ``[B, G, T, D]``, times `factor`.
+
+        Where there are fewer programs than twice the multiprocessors, each takes a part of the tokens.
+        """
+        D, rows, items = tokens.shape[3], self.heads * self.K, self.B * self.groups
+        config = gather_config(rows, D, self.q.dtype, self.arch)
+        row_blocks, feature_blocks = triton.cdiv(rows, config.rows), max(1, triton.cdiv(D, config.block_d))
+        programs = row_blocks * feature_blocks * items
+        splits = min(triton.cdiv(2 * self.programs, programs), triton.cdiv(self.T, SPLIT_TOKENS))
+        per_split = triton.cdiv(max(1, triton.cdiv(self.T, max(1, splits))), config.tokens) * config.tokens
+        splits = max(1, triton.cdiv(self.T, per_split))
+        into, into_sums = out, sums
+        if splits > 1:
+            into = out.new_empty(splits, self.B, self.H, self.K, D, dtype=torch.float32)
+            into_sums = out.new_empty(splits, self.B, self.H, self.K, dtype=torch.float32)
+        kernels.gather_kernel[(programs * splits,)](
+            weights, tokens, self.mask, factors, into, into_sums, row_blocks, feature_blocks, splits, items, self.groups,
+            rows, self.K, self.T, D, weights.shape[3], per_split, factor, scale, eps, *tokens.stride(),
+            *self.mask_strides, *out.stride(), NORMALIZE=normalize, SPLIT=splits > 1, PRECISION=self.precision,
+            **config.launch(),
+        )  # fmt: skip
+        if splits > 1:
+            block = _rows_block(D)
+            feature_blocks = max(1, triton.cdiv(D, block["BLOCK_D"]))
+            kernels.combine_kernel[(triton.cdiv(items * rows, block["ROWS"]) * feature_blocks,)](
+                into, into_sums, out, sums, feature_blocks, splits, items * rows, self.H, self.K, D, eps,
+                *out.stride(), NORMALIZE=normalize, **block,
+            )  # fmt: skip
+
+    def spread(self, weights: Tensor, slots: Tensor, factors: Tensor | None, out: Tensor, factor: float) -> None:
+        """Fill ``out [B, G, T, D]`` with sums over slots ``[B, H, K, D]``, times `factor`."""
+        D, rows = slots.shape[3], self.heads * self.K
+        config = spread_config(rows, D, self.q.dtype, self.arch)
+        feature_blocks, token_blocks = triton.cdiv(D, config.block_d), triton.cdiv(self.T, config.tokens)
+        if out.numel():
+            kernels.spread_kernel[(feature_blocks * token_blocks * self.B * self.groups,)](
+                weights, slots, self.mask, factors, out, feature_blocks, token_blocks, self.groups, rows, self.K, self.T,
+                D, weights.shape[3], factor, *slots.stride(), *self.mask_strides, PRECISION=self.precision,
+                **config.launch(),
+            )  # fmt: skip
+
+
+def _delta(grad: Tensor, out: Tensor) -> Tensor:
+    """``grad . out [B, H, K]``."""
+    _, H, K, D = grad.shape
+    delta = grad.new_empty(grad.shape[:3], dtype=torch.float32)
+    block = _rows_block(D)
+    kernels.delta_kernel[(triton.cdiv(delta.numel(), block["ROWS"]),)](
+        grad, out, delta, delta.numel(), H, K, D, *grad.stride(), *out.stride(), **block
+    )
+    return delta
+
+
+def _rows_block(D: int) -> dict[str, int]:
+    """What a program that sums over rows or splits takes at a time: about 1024 numbers."""
+    block_d = _block_d(D, 256)
+    return {"ROWS": 1024 // block_d, "BLOCK_D": block_d}
+
+
+def _factors(grad: Tensor) -> Tensor:
+    """For each item a power of two above its largest upstream gradient; 1 where that is not finite."""
+    if not grad.numel():
+        return grad.new_ones(len(grad), dtype=torch.float32)
+    largest = torch.linalg.vector_norm(grad, ord=math.inf, dim=(1, 2, 3), dtype=torch.float32)
+    return torch.where(largest.isfinite(), torch.frexp(largest).exponent.float(), 0.0).exp2()
+
+
+# --- ahead of time
+
+
+def configs(heads: int, K: int, D: int, dtype: torch.dtype, arch: int, masked: bool = False) -> Iterator[_triton.Build]:
+    """Every kernel that forward and backward launch for such slots on such a chip: with a bias where there is a mask, all
+    gradients, Dk = Dv = D, and inputs whose features are adjacent."""
+    name = _triton.NAMES[dtype]
+    inputs = ("q", "k", "v", "bias", "grad", "out", "tokens", "slots", "weights", "logit_gradients")
+    types = dict.fromkeys(inputs, f"*{name}") | {"mask": "*i1"}
+    types |= dict.fromkeys(("delta", "total", "factors", "sums", "partial", "partial_sums"), "*fp32")
+    types |= dict.fromkeys(("scale", "token_eps", "factor", "eps"), "fp32")
+    adjacent = {f"{key}_stride_d": 1 for key in inputs} | {"mask_stride_t": 1, "bias_stride_k": 1}
+    absent = {} if masked else {"mask": None, "bias": None}
+    unscaled = {} if dtype == torch.float16 else {"factors": None}
+    aligned = {f"{key}_stride_{axis}" for key in inputs for axis in "bhgkt"} | {"padded"}
+    aligned |= {"D", "Dv"} if D % 16 == 0 else set()
+    shared = {**adjacent, **absent, "PRECISION": "ieee"}
+
+    def build(kernel: Any, constants: dict[str, Any], launch: dict[str, Any], **others: str) -> _triton.Build:
+        on_tensor_cores = "PRECISION" in kernel.arg_names and dtype != torch.float32
+        return _triton.build(kernel, types | others, shared | constants, launch, aligned, on_tensor_cores)
+
+    config, layout = weights_config(heads, K, D, dtype, arch), _layout(K)
+    yield build(kernels.weights_kernel, layout, config.launch())
+    yield build(kernels.logit_gradients_kernel, layout | unscaled, config.launch())
+    yield build(kernels.delta_kernel, {}, _rows_block(D))
+    launch = gather_config(heads * K, D, dtype, arch).launch()
+    for split in (False, True):
+        partial = {"out": "*fp32"} if split else {}
+        yield build(kernels.gather_kernel, {"NORMALIZE": True, "SPLIT": split, "factors": None}, launch, **partial)
+        yield build(
+            kernels.gather_kernel,
+            {"NORMALIZE": False, "SPLIT": split} | unscaled,
+            launch,
+            **{"sums": f"*{name}"} | partial,
+        )
+    yield build(kernels.combine_kernel, {"NORMALIZE": True}, _rows_block(D))
+    launch = spread_config(heads * K, D, dtype, arch).launch()
+    yield build(kernels.spread_kernel, unscaled, launch)
