@@ -1,31 +1,34 @@
 """Slot attention on a GPU, in Triton: the host side. `triton_kernels` has the kernels, `reference` the maths.
 
-    forward     weights_kernel           q, k -> W ``[B, H, K, T]``
+    forward     weights_kernel           q, k -> W ``[B, H, K, T]`` and its sums over blocks of tokens
                 gather_kernel            W, v -> out, total
     backward    delta_kernel             grad, out -> grad . out
-                logit_gradients_kernel   q, k, grad, v -> W / total, dz ``[B, H, K, T]``
-                gather_kernel            dz, k -> dq, dbias
-                spread_kernel            W / total, grad -> dv, and dz, q -> dk
+                logit_gradients_kernel   q, k, grad, v -> W / total, dz ``[B, H, K, T]``, sums of dz (for the bias)
+                gather_kernel            dz, k -> dq
+                spread_kernel            dz, q -> dk, and W / total, grad -> dv
 
-**Why W passes through memory**, if only for a few items at a time (`WORKSPACE_BYTES`, which the L2 cache holds). All of
-this is bound by memory: of k and v, read once, a byte takes part in as many multiplications as there are rows (slots of
-all heads that share keys), 4 to 64, and a tensor core wants hundreds. R rows of W add 4 R bytes, written and read, to the
-2 (Dk + Dv) of a token: 1.6 % where 16 slots share D = 1024, 6 % for 8 slots of a head with D = 128, from the cache.
+Where a gather would have too few programs, each takes a part of the tokens and combine_kernel adds up.
+
+**Why W passes through memory**, if only for a few items at a time (`WORKSPACE_BYTES`, which an L2 cache holds). All
+this is bound by memory: k and v are read once, and an element takes part in as many products as there are rows (slots
+of all heads that share keys), 4 to 64 as a rule; tensor cores want hundreds. R rows of W, written and read in 16 bits,
+add 4 R bytes to the 2 (Dk + Dv) of a token: 1.6 % where 16 slots share D = 1024, 6 % for 8 slots of a head with
+D = 128; and mostly from the cache.
 
   (a) One fused kernel saves that, and a launch. But it needs the sums ``[R, Dv]`` of all features in registers, 64 KiB
-      for 16 rows of D = 1024, and a block of v with all features at a time, which no copy can run ahead of; from R Dv
-      = 32,768 on, features must be split and the logits made again for each part. In the backward, dk of heads that do not
-      fit in one tile has to be added up by one launch after the other.
-  (b) Two kernels are products with a plain loop each, over features and over tokens, that the compiler pipelines, a
-      few registers a thread, more programs by a factor of Dv / 128; any number of rows and features fits; dk and dv
-      are summed over heads within a product.
+      for 16 rows of D = 1024, and takes blocks of v with all their features at a time, which no copy can run ahead of;
+      for more rows, features have to be split and the logits made again for each part. In the backward pass, dk of
+      heads that do not fit in one tile has to be added up by one launch after the other.
+  (b) Two kernels are products with a plain loop each, over features and over tokens, which the compiler pipelines. They
+      need 60 to 110 registers, so that several programs share a multiprocessor; any number of rows and features will
+      do; there are Dv / 128 times as many programs; and sums over heads are part of a product.
 
-Hence (b); in both ways k is read a second time for dq. (These are counts, not timings.) No atomics: every sum is taken by
-one program in one order, or by splits of the tokens, that are added in order.
+Hence (b); in both ways k is read a second time for dq. (These are counts, not timings.) No atomics: one program makes
+each sum in one order, or several make parts that one adds in order.
 
-**Range.** Weights are stored in the dtype of the inputs. In float16 they are scaled by powers of two: W so that the
-largest is just in range (a slot that no token chose still has weights, and their mean), dz by the largest upstream
-gradient of the item. Both products with `grad` take it as it is: grad / total could be out of range.
+**Range.** W and dz are stored in the dtype of the inputs, in float16 times a power of two: W so that the largest is
+just in range (the little that a slot has which hardly any token chose still counts, as it is divided by its sum), dz
+by the largest upstream gradient of its item. That gradient is an operand as it is: over total it could leave the range.
 """
 
 from __future__ import annotations
@@ -83,13 +86,15 @@ def weights_config(heads: int, K: int, D: int, dtype: torch.dtype, arch: int) ->
 def gather_config(rows: int, D: int, dtype: torch.dtype, arch: int) -> Config:
     """Tile sizes of the kernel that sums over tokens, for so many rows of an item."""
     rows = min(64, max(16, _triton.next_power_of_two(rows)))
-    return Config(rows, 32 if dtype == torch.float32 else 64, _block_d(D, 64 if dtype == torch.float32 else 128), 4, 4)
+    small = dtype == torch.float32  # whose products use no tensor cores and hold operands in registers
+    return Config(rows, 32 if small else 64, _block_d(D, 64 if small else 128), 4, 4)
 
 
 def spread_config(rows: int, D: int, dtype: torch.dtype, arch: int) -> Config:
     """Tile sizes of the kernel that sums over so many rows of an item."""
     rows = min(64, max(16, _triton.next_power_of_two(rows)))
-    return Config(rows, 64, _block_d(D, 64 if dtype == torch.float32 else 128), 4, 2)
+    small = dtype == torch.float32
+    return Config(rows, 32 if small else 64, _block_d(D, 64 if small else 128), 4, 2)
 
 
 def _block_d(D: int, largest: int) -> int:
@@ -125,8 +130,8 @@ def forward(
     with torch.cuda.device_of(q):
         for items, (weights,) in _parts(q, k, workspaces=1):
             call = _Call(q[items], k[items], bias, mask, items, scale)
-            call.weights(weights, token_eps, factor)
-            call.gather(weights, v[items], None, out[items], total[items], 1 / factor, 1.0, eps, normalize=True)
+            sums = call.weights(weights, token_eps, factor)
+            call.gather(weights, v[items], out[items], 1 / factor, sums=sums, total=total[items], eps=eps)
     return out, total
 
 
@@ -148,32 +153,50 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for q, k, v and bias from the upstream ``grad [B, H, K, Dv]``; one that is not needed comes back empty
     ``[0]``. Memory beyond inputs and outputs: `WORKSPACE_BYTES`, and some of the size of total."""
-    need_rows = need_q or need_bias  # made together
     allocate = k.new_zeros if 0 in total.shape else k.new_empty
+    grad_q = _empty_like_slots(q, q.shape[3]) if need_q else q.new_empty(0)
     grad_k, grad_v = allocate(k.shape if need_k else 0), allocate(v.shape if need_v else 0)
-    grad_q = _empty_like_slots(q, q.shape[3]) if need_rows else q.new_empty(0)
-    grad_bias = q.new_empty(q.shape[:3] if need_rows else 0)
-    need_logits = need_rows or need_k
-    if 0 not in total.shape and (need_logits or need_v):
-        factor = 2.0**15 if q.dtype == torch.float16 else 1.0  # of weights that are at most 1
-        with torch.cuda.device_of(q):
-            delta = _delta(grad, out) if need_logits else None
-            factors = _factors(grad) if q.dtype == torch.float16 and need_logits else None
-            for items, (weights, by_logit) in _parts(q, k, workspaces=2):
-                call = _Call(q[items], k[items], bias, mask, items, scale)
-                upstream, powers = grad[items], None if factors is None else factors[items]
-                rows = (upstream, v[items], None if delta is None else delta[items], total.contiguous()[items], powers)
-                call.logit_gradients(
-                    *rows, weights if need_v else None, by_logit if need_logits else None, token_eps, factor
-                )
-                if need_v:
-                    call.spread(weights, upstream, None, grad_v[items], 1 / factor)
-                if need_k:
-                    call.spread(by_logit, call.q, powers, grad_k[items], scale)
-                if need_rows:
-                    call.gather(by_logit, call.k, powers, grad_q[items], grad_bias[items], 1.0, scale, 0.0)
-    empty = q.new_empty(0)
-    return grad_q if need_q else empty, grad_k, grad_v, grad_bias if need_bias else empty.clone()
+    grad_bias = q.new_empty(q.shape[:3] if need_bias else 0)
+    need_logits = need_q or need_k or need_bias
+    if 0 in total.shape or not (need_logits or need_v):
+        return grad_q, grad_k, grad_v, grad_bias
+    factor = 2.0**15 if q.dtype == torch.float16 else 1.0  # of weights that are at most 1
+    with torch.cuda.device_of(q):
+        rows = _Rows(grad, _delta(grad, out), total.contiguous(), _factors(grad) if q.dtype == torch.float16 else None)
+        for items, (weights, by_logit) in _parts(q, k, workspaces=2):
+            call = _Call(q[items], k[items], bias, mask, items, scale)
+            of = rows.of(items)
+            sums = call.logit_gradients(
+                v[items],
+                of,
+                weights if need_v else None,
+                by_logit if need_logits else None,
+                need_bias,
+                token_eps,
+                factor,
+            )
+            if need_q:
+                call.gather(by_logit, call.k, grad_q[items], scale, of.factors)
+            if need_k:
+                call.spread(by_logit, call.q, grad_k[items], scale, of.factors)
+            if need_v:
+                call.spread(weights, of.grad, grad_v[items], 1 / factor)
+            if sums is not None:
+                grad_bias[items] = sums.sum(-1)
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+class _Rows(NamedTuple):
+    """What the backward pass knows of each slot."""
+
+    grad: Tensor  # [B, H, K, Dv]
+    delta: Tensor  # [B, H, K] float32: grad . out
+    total: Tensor  # [B, H, K] float32
+    factors: Tensor | None  # [B] float32: what dz is divided by
+
+    def of(self, items: slice) -> _Rows:
+        """Those of some items."""
+        return _Rows(*(None if t is None else t[items] for t in self))
 
 
 def _empty_like_slots(q: Tensor, features: int) -> Tensor:
@@ -212,44 +235,47 @@ class _Call:
         self.mask_strides = _triton.strides(self.mask, 2)
         self.precision = _triton.precision()
 
-    def weights(self, weights: Tensor, token_eps: float, factor: float) -> None:
-        """Fill ``weights [B, H, K, padded]``."""
+    def weights(self, weights: Tensor, token_eps: float, factor: float) -> Tensor:
+        """Fill ``weights [B, H, K, padded]``, times `factor`; return their sums ``[B, H, K, blocks of tokens]``."""
+        grid, config, counts, sums = self._weights_launch(self.q.shape[3])
         if self.T:
-            grid, config, counts = self._weights_launch(self.q.shape[3])
             kernels.weights_kernel[grid](
-                self.q, self.k, self.bias, self.mask, weights, *counts, self.q.shape[3], weights.shape[3], self.scale,
-                token_eps, factor, *self._strides(), **_layout(self.K), **config.launch(), PRECISION=self.precision,
+                self.q, self.k, self.bias, self.mask, weights, sums, *counts, self.q.shape[3], weights.shape[3],
+                self.scale, token_eps, factor, *self._strides(), **_layout(self.K), **config.launch(),
+                PRECISION=self.precision,
             )  # fmt: skip
+        return sums
 
     def logit_gradients(
         self,
-        grad: Tensor,
         v: Tensor,
-        delta: Tensor | None,
-        total: Tensor,
-        factors: Tensor | None,
+        rows: _Rows,
         weights: Tensor | None,
         by_logit: Tensor | None,
+        need_sums: bool,
         token_eps: float,
         factor: float,
-    ) -> None:
-        """Fill ``weights`` and ``by_logit [B, H, K, padded]``, where given."""
+    ) -> Tensor | None:
+        """Fill those given of ``weights``, over total and times `factor`, and ``by_logit``, over the factor of the item,
+        both ``[B, H, K, padded]``; return sums of the latter ``[B, H, K, blocks of tokens]``."""
+        grid, config, counts, sums = self._weights_launch(max(self.q.shape[3], v.shape[3]))
         like = by_logit if weights is None else weights
         if self.T and like is not None:
-            grid, config, counts = self._weights_launch(max(self.q.shape[3], v.shape[3]))
             kernels.logit_gradients_kernel[grid](
-                self.q, self.k, self.bias, self.mask, v, grad, delta, total, factors, weights, by_logit, *counts,
+                self.q, self.k, self.bias, self.mask, v, *rows, weights, by_logit, sums if need_sums else None, *counts,
                 self.q.shape[3], v.shape[3], like.shape[3], self.scale, token_eps, factor, *self._strides(),
-                *v.stride(), *grad.stride(), **_layout(self.K), **config.launch(), PRECISION=self.precision,
+                *v.stride(), *rows.grad.stride(), **_layout(self.K), **config.launch(), PRECISION=self.precision,
             )  # fmt: skip
+        return sums if need_sums else None
 
-    def _weights_launch(self, D: int) -> tuple[tuple[int], Config, tuple[int, ...]]:
-        """Grid, tile sizes and the counts among the arguments."""
+    def _weights_launch(self, D: int) -> tuple[tuple[int], Config, tuple[int, ...], Tensor]:
+        """Grid, tile sizes, the counts among the arguments and memory for sums."""
         config = weights_config(self.heads, self.K, D, self.q.dtype, self.arch)
         head_blocks = triton.cdiv(self.heads, config.rows // _layout(self.K)["SLOTS"])
         token_blocks = triton.cdiv(self.T, config.tokens)
         counts = (head_blocks, token_blocks, self.groups, self.heads, self.K, self.T)
-        return (head_blocks * token_blocks * self.B * self.groups,), config, counts
+        sums = self.q.new_empty(self.B, self.H, self.K, token_blocks, dtype=torch.float32)
+        return (head_blocks * token_blocks * self.B * self.groups,), config, counts, sums
 
     def _strides(self) -> tuple[int, ...]:
         return *self.q.stride(), *self.k.stride(), *_triton.strides(self.bias, 3), *self.mask_strides
@@ -258,52 +284,50 @@ class _Call:
         self,
         weights: Tensor,
         tokens: Tensor,
-        factors: Tensor | None,
         out: Tensor,
-        sums: Tensor,
         factor: float,
-        scale: float,
-        eps: float,
-        normalize: bool = False,
+        factors: Tensor | None = None,
+        sums: Tensor | None = None,
+        total: Tensor | None = None,
+        eps: float = 0.0,
     ) -> None:
-        """Fill ``out [B, H, K, D]`` and ``sums [B, H, K]`` with sums over tokens ``[B, G, T, D]``, times `factor`.
+        """Fill ``out [B, H, K, D]`` with sums over tokens ``[B, G, T, D]``, times `factor` and that of the item.
 
-        Where there are fewer programs than twice the multiprocessors, each takes a part of the tokens.
+        Given sums of weights, fill `total`, too, and divide by it. Where there are fewer programs than twice the
+        multiprocessors, each takes a part of the tokens.
         """
         D, rows, items = tokens.shape[3], self.heads * self.K, self.B * self.groups
         config = gather_config(rows, D, self.q.dtype, self.arch)
         row_blocks, feature_blocks = triton.cdiv(rows, config.rows), max(1, triton.cdiv(D, config.block_d))
         programs = row_blocks * feature_blocks * items
-        splits = min(triton.cdiv(2 * self.programs, programs), triton.cdiv(self.T, SPLIT_TOKENS))
-        per_split = triton.cdiv(max(1, triton.cdiv(self.T, max(1, splits))), config.tokens) * config.tokens
+        splits = max(1, min(triton.cdiv(2 * self.programs, programs), self.T // SPLIT_TOKENS))
+        per_split = max(1, triton.cdiv(self.T, splits * config.tokens)) * config.tokens
         splits = max(1, triton.cdiv(self.T, per_split))
-        into, into_sums = out, sums
-        if splits > 1:
-            into = out.new_empty(splits, self.B, self.H, self.K, D, dtype=torch.float32)
-            into_sums = out.new_empty(splits, self.B, self.H, self.K, dtype=torch.float32)
+        token_blocks = 0 if sums is None else sums.shape[3]
+        into = out if splits == 1 else out.new_empty(splits, items * rows, D, dtype=torch.float32)
         kernels.gather_kernel[(programs * splits,)](
-            weights, tokens, self.mask, factors, into, into_sums, row_blocks, feature_blocks, splits, items, self.groups,
-            rows, self.K, self.T, D, weights.shape[3], per_split, factor, scale, eps, *tokens.stride(),
-            *self.mask_strides, *out.stride(), NORMALIZE=normalize, SPLIT=splits > 1, PRECISION=self.precision,
+            weights, tokens, self.mask, factors, sums, into, total, row_blocks, feature_blocks, splits, items,
+            self.groups, rows, self.K, self.T, D, weights.shape[3], token_blocks, per_split, factor, eps,
+            *tokens.stride(), *self.mask_strides, *out.stride(), SPLIT=splits > 1, PRECISION=self.precision,
             **config.launch(),
         )  # fmt: skip
         if splits > 1:
             block = _rows_block(D)
             feature_blocks = max(1, triton.cdiv(D, block["BLOCK_D"]))
             kernels.combine_kernel[(triton.cdiv(items * rows, block["ROWS"]) * feature_blocks,)](
-                into, into_sums, out, sums, feature_blocks, splits, items * rows, self.H, self.K, D, eps,
-                *out.stride(), NORMALIZE=normalize, **block,
+                into, sums, out, total, feature_blocks, splits, items * rows, self.H, self.K, D, token_blocks, eps,
+                *out.stride(), **block,
             )  # fmt: skip
 
-    def spread(self, weights: Tensor, slots: Tensor, factors: Tensor | None, out: Tensor, factor: float) -> None:
-        """Fill ``out [B, G, T, D]`` with sums over slots ``[B, H, K, D]``, times `factor`."""
+    def spread(self, weights: Tensor, slots: Tensor, out: Tensor, factor: float, factors: Tensor | None = None) -> None:
+        """Fill ``out [B, G, T, D]`` with sums over slots ``[B, H, K, D]``, times `factor` and that of the item."""
         D, rows = slots.shape[3], self.heads * self.K
         config = spread_config(rows, D, self.q.dtype, self.arch)
         feature_blocks, token_blocks = triton.cdiv(D, config.block_d), triton.cdiv(self.T, config.tokens)
         if out.numel():
             kernels.spread_kernel[(feature_blocks * token_blocks * self.B * self.groups,)](
-                weights, slots, self.mask, factors, out, feature_blocks, token_blocks, self.groups, rows, self.K, self.T,
-                D, weights.shape[3], factor, *slots.stride(), *self.mask_strides, PRECISION=self.precision,
+                weights, slots, self.mask, factors, out, feature_blocks, token_blocks, self.groups, rows, self.K,
+                self.T, D, weights.shape[3], factor, *slots.stride(), *self.mask_strides, PRECISION=self.precision,
                 **config.launch(),
             )  # fmt: skip
 
@@ -337,8 +361,9 @@ def _factors(grad: Tensor) -> Tensor:
 
 
 def configs(heads: int, K: int, D: int, dtype: torch.dtype, arch: int, masked: bool = False) -> Iterator[_triton.Build]:
-    """Every kernel that forward and backward launch for such slots on such a chip: with a bias where there is a mask, all
-    gradients, Dk = Dv = D, and inputs whose features are adjacent."""
+    """Every kernel that forward and backward launch for such slots, of so many heads that share keys, on such a chip.
+
+    For all gradients, with a bias where there is a mask, Dk = Dv = D, and inputs whose features are adjacent."""
     name = _triton.NAMES[dtype]
     inputs = ("q", "k", "v", "bias", "grad", "out", "tokens", "slots", "weights", "logit_gradients")
     types = dict.fromkeys(inputs, f"*{name}") | {"mask": "*i1"}
@@ -347,7 +372,7 @@ def configs(heads: int, K: int, D: int, dtype: torch.dtype, arch: int, masked: b
     adjacent = {f"{key}_stride_d": 1 for key in inputs} | {"mask_stride_t": 1, "bias_stride_k": 1}
     absent = {} if masked else {"mask": None, "bias": None}
     unscaled = {} if dtype == torch.float16 else {"factors": None}
-    aligned = {f"{key}_stride_{axis}" for key in inputs for axis in "bhgkt"} | {"padded"}
+    aligned = {f"{key}_stride_{axis}" for key in inputs for axis in "bhgkt"} | {"padded", "per_split"}
     aligned |= {"D", "Dv"} if D % 16 == 0 else set()
     shared = {**adjacent, **absent, "PRECISION": "ieee"}
 
@@ -359,16 +384,10 @@ def configs(heads: int, K: int, D: int, dtype: torch.dtype, arch: int, masked: b
     yield build(kernels.weights_kernel, layout, config.launch())
     yield build(kernels.logit_gradients_kernel, layout | unscaled, config.launch())
     yield build(kernels.delta_kernel, {}, _rows_block(D))
-    launch = gather_config(heads * K, D, dtype, arch).launch()
-    for split in (False, True):
-        partial = {"out": "*fp32"} if split else {}
-        yield build(kernels.gather_kernel, {"NORMALIZE": True, "SPLIT": split, "factors": None}, launch, **partial)
-        yield build(
-            kernels.gather_kernel,
-            {"NORMALIZE": False, "SPLIT": split} | unscaled,
-            launch,
-            **{"sums": f"*{name}"} | partial,
-        )
-    yield build(kernels.combine_kernel, {"NORMALIZE": True}, _rows_block(D))
-    launch = spread_config(heads * K, D, dtype, arch).launch()
-    yield build(kernels.spread_kernel, unscaled, launch)
+    mean, plain = {"factors": None}, {"sums": None, "total": None} | unscaled
+    for kind in (mean, plain):
+        config = gather_config(heads * K, D, dtype, arch)
+        yield build(kernels.gather_kernel, kind | {"SPLIT": False}, config.launch())
+        yield build(kernels.gather_kernel, kind | {"SPLIT": True}, config.launch(), out="*fp32")
+        yield build(kernels.combine_kernel, kind, _rows_block(D))
+    yield build(kernels.spread_kernel, unscaled, spread_config(heads * K, D, dtype, arch).launch())

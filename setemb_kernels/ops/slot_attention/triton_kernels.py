@@ -1,7 +1,7 @@
 """The Triton kernels of slot attention. `triton` beside this file launches them and says how they fit together.
 
-Names: ``heads`` heads of q share a head of k and v, of which an item has ``groups``; ``item`` counts pairs of an item of
-the batch and a group; ``row`` counts the ``heads * K`` slots of such a pair. ``padded`` is T, rounded up to `ALIGNMENT`.
+Names: ``heads`` heads of q share a head of k and v, of which an item has ``groups``. ``item`` counts pairs of an item
+of the batch and a group, ``row`` the ``heads * K`` slots of such a pair. ``padded``: T, rounded up to a multiple of 16.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _attention_tile(
 ):  # fmt: skip
     """``A [ROWS, TOKENS]`` of a block of whole heads and one of tokens, and what and where they are.
 
-    Rows are slot-major within blocks of 16 (GROUP heads of SLOTS slots), as in smooth-Chamfer: a tensor core leaves rows
-    r and r + 8 to one thread.
+    Rows are slot-major within blocks of 16 (GROUP heads of SLOTS slots), as in smooth-Chamfer: a tensor core leaves
+    rows r and r + 8 to one thread.
     """
     r = tl.arange(0, ROWS)
     head = head_block * (ROWS // SLOTS) + r // (SLOTS * GROUP) * GROUP + r % GROUP
@@ -102,6 +102,12 @@ def _attention_tile(
     return _attention(logits, slot < K, SLOTS, GROUP), h, slot, exists, t, valid
 
 
+@triton.jit
+def _divisor(total):
+    """What to divide by so that the quotient is 0 where total is."""
+    return tl.where(total > 0, total, float("inf"))[:, None]
+
+
 # --- weights
 
 
@@ -112,13 +118,17 @@ def weights_kernel(
     bias,  # [B, H, K] or None
     mask,  # [B, T] bool or None
     weights,  # [B, H, K, padded], of the dtype of q
+    sums,  # [B, H, K, token_blocks] float32
     head_blocks, token_blocks, groups, heads, K, T, D, padded, scale, token_eps, factor,
     q_stride_b, q_stride_h, q_stride_k, q_stride_d, k_stride_b, k_stride_g, k_stride_t, k_stride_d,
     bias_stride_b, bias_stride_h, bias_stride_k, mask_stride_b, mask_stride_t,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``W = A + token_eps`` times `factor`, 0 for tokens that are masked or do not exist."""
+    """``W = A + token_eps`` times `factor`, 0 for tokens that are masked or do not exist, and the sums of its blocks.
+
+    They are sums of the rounded weights, so that their quotient with the sums of weighted values is a mean.
+    """
     head_block, rest = _split(tl.program_id(0), head_blocks)
     token_block, item = _split(rest, token_blocks)
     g, b = _split(item.to(tl.int64), groups)
@@ -128,10 +138,10 @@ def weights_kernel(
         bias_stride_b, bias_stride_h, bias_stride_k, mask_stride_b, mask_stride_t,
         SLOTS, GROUP, ROWS, TOKENS, BLOCK_D, PRECISION,
     )  # fmt: skip
-    w = tl.where(valid[None, :], (a + token_eps) * factor, 0.0)
+    w = tl.where(valid[None, :], (a + token_eps) * factor, 0.0).to(weights.dtype.element_ty)
     row = (b * groups * heads + h) * K + slot
-    target = weights + row[:, None] * padded + t[None, :]
-    tl.store(target, w.to(weights.dtype.element_ty), mask=exists[:, None] & (t < padded)[None, :])
+    tl.store(weights + row[:, None] * padded + t[None, :], w, mask=exists[:, None] & (t < padded)[None, :])
+    tl.store(sums + row * token_blocks + token_block, tl.sum(w.to(tl.float32), 1) / factor, mask=exists)
 
 
 @triton.jit
@@ -144,6 +154,7 @@ def logit_gradients_kernel(
     factors,  # [B] float32, powers of two, or None
     weights,  # [B, H, K, padded], of the dtype of q, or None
     logit_gradients,  # [B, H, K, padded], of the dtype of q, or None
+    sums,  # [B, H, K, token_blocks] float32, or None: those of dz
     head_blocks, token_blocks, groups, heads, K, T, D, Dv, padded, scale, token_eps, factor,
     q_stride_b, q_stride_h, q_stride_k, q_stride_d, k_stride_b, k_stride_g, k_stride_t, k_stride_d,
     bias_stride_b, bias_stride_h, bias_stride_k, mask_stride_b, mask_stride_t,
@@ -153,8 +164,8 @@ def logit_gradients_kernel(
 ):  # fmt: skip
     """``W / total`` times `factor`, and ``dz`` divided by that of the item in `factors`.
 
-    With ``n = A / total`` and ``u = grad . v - grad . out``: ``dz = n u - A sum_k(n u)``. n is at most 1, whereas grad /
-    total may leave the range of 16 bits where a slot has hardly any weight.
+    With ``n = A / total`` and ``u = grad . v - grad . out``: ``dz = n u - A sum_k(n u)``. n is at most 1, whereas grad
+    / total may leave the range of 16 bits where a slot has hardly any weight.
     """
     head_block, rest = _split(tl.program_id(0), head_blocks)
     token_block, item = _split(rest, token_blocks)
@@ -166,12 +177,11 @@ def logit_gradients_kernel(
         SLOTS, GROUP, ROWS, TOKENS, BLOCK_D, PRECISION,
     )  # fmt: skip
     row = (b * groups * heads + h) * K + slot
-    share = tl.load(total + row, mask=exists, other=0)
-    share = tl.where(share > 0, 1 / tl.where(share > 0, share, 1.0), 0.0)[:, None]
+    divisor = _divisor(tl.load(total + row, mask=exists, other=0))
     place = row[:, None] * padded + t[None, :]
     stored = exists[:, None] & (t < padded)[None, :]
     if weights is not None:
-        w = tl.where(valid[None, :], (a + token_eps) * (share * factor), 0.0)
+        w = tl.where(valid[None, :], (a + token_eps) / divisor * factor, 0.0)
         tl.store(weights + place, w.to(weights.dtype.element_ty), mask=stored)
     if logit_gradients is not None:
         u = _products(
@@ -179,11 +189,13 @@ def logit_gradients_kernel(
             v + b * v_stride_b + g * v_stride_g + t * v_stride_t, valid, Dv, grad_stride_d, v_stride_d,
             BLOCK_D, PRECISION,
         )  # fmt: skip
-        u = (u - tl.load(delta + row, mask=exists, other=0)[:, None]) * (a * share)
+        u = (u - tl.load(delta + row, mask=exists, other=0)[:, None]) * (a / divisor)
         u -= a * _sum_over_slots(u, SLOTS, GROUP)
-        if factors is not None:
-            u *= 1 / tl.load(factors + b)
         u = tl.where(valid[None, :], u, 0.0)
+        if sums is not None:
+            tl.store(sums + row * token_blocks + token_block, tl.sum(u, 1), mask=exists)
+        if factors is not None:
+            u /= tl.load(factors + b)
         tl.store(logit_gradients + place, u.to(logit_gradients.dtype.element_ty), mask=stored)
 
 
@@ -216,12 +228,15 @@ def delta_kernel(
 
 
 @triton.jit
-def _finish(values, sums, eps, NORMALIZE: tl.constexpr):
-    """Sums over all tokens as they are written: the means of the forward pass with their denominators, or as is."""
-    if NORMALIZE:
-        sums += eps
-        values = tl.where((sums > 0)[:, None], values / tl.where(sums > 0, sums, 1.0)[:, None], 0.0)
-    return values, sums
+def _total(sums, row, exists, token_blocks, eps):
+    """The sums of all blocks of tokens, plus eps."""
+    BLOCKS: tl.constexpr = 16
+    block = tl.arange(0, BLOCKS)[None, :]
+    parts = tl.zeros((row.shape[0], BLOCKS), tl.float32)
+    for start in range(0, token_blocks, BLOCKS):
+        inside = exists[:, None] & (block < token_blocks - start)
+        parts += tl.load(sums + row[:, None] * token_blocks + (start + block), mask=inside, other=0)
+    return tl.sum(parts, 1) + eps
 
 
 @triton.jit
@@ -230,63 +245,62 @@ def gather_kernel(
     tokens,  # [B, groups, T, D]
     mask,  # [B, T] bool or None
     factors,  # [B] float32 or None: what the weights were divided by
+    sums,  # [items, rows, token_blocks] float32: of weights, or None: no mean is taken
     out,  # [B, H, K, D], or partial [splits, items, rows, D] float32
-    sums,  # [B, H, K], or partial [splits, items, rows] float32
-    row_blocks, feature_blocks, splits, items, groups, rows, K, T, D, padded, per_split, factor, scale, eps,
+    total,  # [items, rows] float32, or None
+    row_blocks, feature_blocks, splits, items, groups, rows, K, T, D, padded, token_blocks, per_split, factor, eps,
     tokens_stride_b, tokens_stride_g, tokens_stride_t, tokens_stride_d, mask_stride_b, mask_stride_t,
     out_stride_b, out_stride_h, out_stride_k, out_stride_d,
-    NORMALIZE: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each slot takes from its tokens: ``sum_t w_kt token_t`` and ``sum_t w_kt``, times `factor`, values `scale`.
+    """What each slot takes from its tokens: ``sum_t w_kt token_t`` times `factor`, or a mean. With SPLIT only the sums.
 
-    A program does so for ROWS slots, BLOCK_D features and `per_split` tokens.
+    A program makes ROWS slots and BLOCK_D features, of `per_split` tokens.
     """
     row_block, rest = _split(tl.program_id(0), row_blocks)
     feature_block, rest = _split(rest, feature_blocks)
     split, item = _split(rest, splits)
     g, b = _split(item.to(tl.int64), groups)
     row = row_block * ROWS + tl.arange(0, ROWS)
-    exists = (row < rows)[:, None]
+    exists = row < rows
     d = (feature_block * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
     first = split * per_split
     end = tl.minimum(first + per_split, T)
-    weight_rows = weights + (item.to(tl.int64) * rows + row)[:, None] * padded
+    all_rows = item.to(tl.int64) * rows + row
     source = tokens + b * tokens_stride_b + g * tokens_stride_g + d * tokens_stride_d
     values = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    sums_of_tokens = tl.zeros((ROWS, TOKENS), tl.float32)
     for start in range(first, end, TOKENS):
         t = (start + tl.arange(0, TOKENS)).to(tl.int64)
-        w = tl.load(weight_rows + t[None, :], mask=exists & (t < padded)[None, :], other=0)
+        w = tl.load(
+            weights + all_rows[:, None] * padded + t[None, :], mask=exists[:, None] & (t < padded)[None, :], other=0
+        )
         valid = _valid_tokens(mask, b, t, end, mask_stride_b, mask_stride_t)
         block = tl.load(source + t[:, None] * tokens_stride_t, mask=valid[:, None] & (d < D), other=0)
         values = tl.dot(w, block, values, input_precision=PRECISION)
-        sums_of_tokens += w.to(tl.float32)
     if factors is not None:
         factor *= tl.load(factors + b)
-    total = tl.sum(sums_of_tokens, 1) * factor
-    values *= factor * scale
-    all_rows = item.to(tl.int64) * rows + row
+    values *= factor
     if SPLIT:
         part = split.to(tl.int64) * items * rows + all_rows
-        tl.store(out + part[:, None] * D + d, values, mask=exists & (d < D))
-        tl.store(sums + part, total, mask=row < tl.where(feature_block == 0, rows, 0))
+        tl.store(out + part[:, None] * D + d, values, mask=exists[:, None] & (d < D))
     else:
-        values, total = _finish(values, total, eps, NORMALIZE)
+        if sums is not None:
+            summed = _total(sums, all_rows, exists, token_blocks, eps)
+            values /= _divisor(summed)
+            tl.store(total + all_rows, summed, mask=row < tl.where(feature_block == 0, rows, 0))
         h = g * (rows // K) + row // K
         target = out + b * out_stride_b + h * out_stride_h + (row % K).to(tl.int64) * out_stride_k
-        tl.store(target[:, None] + d * out_stride_d, values.to(out.dtype.element_ty), mask=exists & (d < D))
-        tl.store(sums + all_rows, total.to(sums.dtype.element_ty), mask=row < tl.where(feature_block == 0, rows, 0))
+        tl.store(target[:, None] + d * out_stride_d, values.to(out.dtype.element_ty), mask=exists[:, None] & (d < D))
 
 
 @triton.jit
 def combine_kernel(
     partial,  # [splits, rows, D] float32
-    partial_sums,  # [splits, rows] float32
+    sums,  # as in gather_kernel
     out,  # [B, H, K, D]
-    sums,  # [B, H, K]
-    feature_blocks, splits, rows, H, K, D, eps, out_stride_b, out_stride_h, out_stride_k, out_stride_d,
-    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    total,  # as in gather_kernel
+    feature_blocks, splits, rows, H, K, D, token_blocks, eps, out_stride_b, out_stride_h, out_stride_k, out_stride_d,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums over all splits, of ROWS slots and BLOCK_D features."""
     feature_block, row_block = _split(tl.program_id(0), feature_blocks)
@@ -295,18 +309,18 @@ def combine_kernel(
     d = (feature_block * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
     inside = exists[:, None] & (d < D)
     values = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
     part = row
     for _ in range(splits):
         values += tl.load(partial + part[:, None] * D + d, mask=inside, other=0)
-        total += tl.load(partial_sums + part, mask=exists, other=0)
         part += rows
-    values, total = _finish(values, total, eps, NORMALIZE)
+    if sums is not None:
+        summed = _total(sums, row, exists, token_blocks, eps)
+        values /= _divisor(summed)
+        tl.store(total + row, summed, mask=row < tl.where(feature_block == 0, rows, 0))
     slot, rest = _split(row, K)
     h, b = _split(rest, H)
     target = (out + b * out_stride_b + h * out_stride_h + slot * out_stride_k)[:, None] + d * out_stride_d
     tl.store(target, values.to(out.dtype.element_ty), mask=inside)
-    tl.store(sums + row, total.to(sums.dtype.element_ty), mask=row < tl.where(feature_block == 0, rows, 0))
 
 
 @triton.jit
