@@ -60,7 +60,7 @@ def test_smooth_chamfer(dtype: torch.dtype, K: int, L: int, masked: bool, arch: 
 def test_slot_attention(
     dtype: torch.dtype, heads: int, K: int, D: int, arch: int, masked: bool, tmp_path: Path
 ) -> None:
-    _check(slot_attention.configs(heads, K, D, dtype, arch, masked), arch, tmp_path, ANY_TENSOR_CORES)
+    _check(slot_attention.configs(heads, K, D, dtype, masked), arch, tmp_path, ANY_TENSOR_CORES)
 
 
 def _check(builds: Iterable[Build], arch: int, folder: Path, tensor_cores: str) -> None:

@@ -72,29 +72,39 @@ class Config(NamedTuple):
     def launch(self) -> dict[str, Any]:
         """Keyword arguments of a launch."""
         names = {"rows": "ROWS", "tokens": "TOKENS", "block_d": "BLOCK_D"}
-        return {names.get(name, name): value for name, value in self._asdict().items()} | {"enable_fp_fusion": True}
+        options = {names.get(name, name): value for name, value in self._asdict().items()} | {"enable_fp_fusion": True}
+        # left alone, the compiler spills a little of a large tile to make room for one more program
+        return options | ({"maxnreg": 255} if self.rows >= 64 else {})
 
 
-def weights_config(heads: int, K: int, D: int, dtype: torch.dtype, arch: int) -> Config:
-    """Tile sizes of the kernels that make weights of `heads` heads of K slots each, D features; arch is 10 * major +
-    minor of the compute capability. A tile holds whole heads, 16 rows at least and 64 where there are so many."""
+def weights_config(heads: int, K: int, D: int, dtype: torch.dtype) -> Config:
+    """Tile sizes of the kernels that make weights of `heads` heads of K slots each, of D features.
+
+    A tile holds whole heads, 16 rows at least, 64 where there are so many. Sizes are what compiles without a spill for
+    sm_80, sm_90 and sm_100 alike.
+    """
     slots = _triton.next_power_of_two(K)
     rows = max(16, slots, min(64, _triton.next_power_of_two(heads) * slots))
-    return Config(rows, 64 if rows <= 64 else 32, _block_d(D, 32 if dtype == torch.float32 else 64), 4, 4)
+    if dtype == torch.float32:  # uses no tensor cores, holds both operands in registers
+        return Config(
+            rows, max(16, min(64, 2048 // rows)), _block_d(D, 32 if rows < 64 else 16), 4 if rows < 64 else 8, 4
+        )
+    return Config(rows, 64 if rows <= 64 else 32, _block_d(D, 64), 4 if rows <= 128 else 8, 4)
 
 
-def gather_config(rows: int, D: int, dtype: torch.dtype, arch: int) -> Config:
+def gather_config(rows: int, D: int, dtype: torch.dtype) -> Config:
     """Tile sizes of the kernel that sums over tokens, for so many rows of an item."""
-    rows = min(64, max(16, _triton.next_power_of_two(rows)))
-    small = dtype == torch.float32  # whose products use no tensor cores and hold operands in registers
-    return Config(rows, 32 if small else 64, _block_d(D, 64 if small else 128), 4, 4)
+    rows = max(16, _triton.next_power_of_two(rows))
+    if dtype == torch.float32:
+        return Config(min(32, rows), 32, _block_d(D, 64), 4, 4)
+    return Config(min(64, rows), 64, _block_d(D, 128), 4, 4)
 
 
-def spread_config(rows: int, D: int, dtype: torch.dtype, arch: int) -> Config:
+def spread_config(rows: int, D: int, dtype: torch.dtype) -> Config:
     """Tile sizes of the kernel that sums over so many rows of an item."""
-    rows = min(64, max(16, _triton.next_power_of_two(rows)))
-    small = dtype == torch.float32
-    return Config(rows, 32 if small else 64, _block_d(D, 64 if small else 128), 4, 2)
+    if dtype == torch.float32:
+        return Config(16, 32, _block_d(D, 64), 4, 2)
+    return Config(min(64, max(16, _triton.next_power_of_two(rows))), 64, _block_d(D, 128), 4, 2)
 
 
 def _block_d(D: int, largest: int) -> int:
@@ -162,7 +172,9 @@ def backward(
         return grad_q, grad_k, grad_v, grad_bias
     factor = 2.0**15 if q.dtype == torch.float16 else 1.0  # of weights that are at most 1
     with torch.cuda.device_of(q):
-        rows = _Rows(grad, _delta(grad, out), total.contiguous(), _factors(grad) if q.dtype == torch.float16 else None)
+        delta = _delta(grad, out) if need_logits else None
+        factors = _factors(grad) if need_logits and q.dtype == torch.float16 else None
+        rows = _Rows(grad, delta, total.contiguous(), factors)
         for items, (weights, by_logit) in _parts(q, k, workspaces=2):
             call = _Call(q[items], k[items], bias, mask, items, scale)
             of = rows.of(items)
@@ -190,13 +202,15 @@ class _Rows(NamedTuple):
     """What the backward pass knows of each slot."""
 
     grad: Tensor  # [B, H, K, Dv]
-    delta: Tensor  # [B, H, K] float32: grad . out
+    delta: Tensor | None  # [B, H, K] float32: grad . out
     total: Tensor  # [B, H, K] float32
     factors: Tensor | None  # [B] float32: what dz is divided by
 
     def of(self, items: slice) -> _Rows:
         """Those of some items."""
-        return _Rows(*(None if t is None else t[items] for t in self))
+        grad, delta, total, factors = (None if t is None else t[items] for t in self)
+        assert grad is not None and total is not None
+        return _Rows(grad, delta, total, factors)
 
 
 def _empty_like_slots(q: Tensor, features: int) -> Tensor:
@@ -229,7 +243,7 @@ class _Call:
         self.q, self.k, self.scale = q, k, scale
         self.bias = None if bias is None else bias[items]
         self.mask = None if mask is None else mask[items]
-        self.programs, self.arch = _triton.device(q)
+        self.programs, _ = _triton.device(q)
         (self.B, self.H, self.K, _), self.groups, self.T = q.shape, k.shape[1], k.shape[2]
         self.heads = self.H // self.groups
         self.mask_strides = _triton.strides(self.mask, 2)
@@ -256,8 +270,8 @@ class _Call:
         token_eps: float,
         factor: float,
     ) -> Tensor | None:
-        """Fill those given of ``weights``, over total and times `factor`, and ``by_logit``, over the factor of the item,
-        both ``[B, H, K, padded]``; return sums of the latter ``[B, H, K, blocks of tokens]``."""
+        """Fill those given of ``weights``, over total and times `factor`, and ``by_logit``, over the factor of the
+        item, both ``[B, H, K, padded]``; return sums of the latter ``[B, H, K, blocks of tokens]``."""
         grid, config, counts, sums = self._weights_launch(max(self.q.shape[3], v.shape[3]))
         like = by_logit if weights is None else weights
         if self.T and like is not None:
@@ -270,7 +284,7 @@ class _Call:
 
     def _weights_launch(self, D: int) -> tuple[tuple[int], Config, tuple[int, ...], Tensor]:
         """Grid, tile sizes, the counts among the arguments and memory for sums."""
-        config = weights_config(self.heads, self.K, D, self.q.dtype, self.arch)
+        config = weights_config(self.heads, self.K, D, self.q.dtype)
         head_blocks = triton.cdiv(self.heads, config.rows // _layout(self.K)["SLOTS"])
         token_blocks = triton.cdiv(self.T, config.tokens)
         counts = (head_blocks, token_blocks, self.groups, self.heads, self.K, self.T)
@@ -297,7 +311,7 @@ class _Call:
         multiprocessors, each takes a part of the tokens.
         """
         D, rows, items = tokens.shape[3], self.heads * self.K, self.B * self.groups
-        config = gather_config(rows, D, self.q.dtype, self.arch)
+        config = gather_config(rows, D, self.q.dtype)
         row_blocks, feature_blocks = triton.cdiv(rows, config.rows), max(1, triton.cdiv(D, config.block_d))
         programs = row_blocks * feature_blocks * items
         splits = max(1, min(triton.cdiv(2 * self.programs, programs), self.T // SPLIT_TOKENS))
@@ -322,7 +336,7 @@ class _Call:
     def spread(self, weights: Tensor, slots: Tensor, out: Tensor, factor: float, factors: Tensor | None = None) -> None:
         """Fill ``out [B, G, T, D]`` with sums over slots ``[B, H, K, D]``, times `factor` and that of the item."""
         D, rows = slots.shape[3], self.heads * self.K
-        config = spread_config(rows, D, self.q.dtype, self.arch)
+        config = spread_config(rows, D, self.q.dtype)
         feature_blocks, token_blocks = triton.cdiv(D, config.block_d), triton.cdiv(self.T, config.tokens)
         if out.numel():
             kernels.spread_kernel[(feature_blocks * token_blocks * self.B * self.groups,)](
@@ -360,8 +374,8 @@ def _factors(grad: Tensor) -> Tensor:
 # --- ahead of time
 
 
-def configs(heads: int, K: int, D: int, dtype: torch.dtype, arch: int, masked: bool = False) -> Iterator[_triton.Build]:
-    """Every kernel that forward and backward launch for such slots, of so many heads that share keys, on such a chip.
+def configs(heads: int, K: int, D: int, dtype: torch.dtype, masked: bool = False) -> Iterator[_triton.Build]:
+    """Every kernel that forward and backward launch for such slots, of so many heads that share keys, on any chip.
 
     For all gradients, with a bias where there is a mask, Dk = Dv = D, and inputs whose features are adjacent."""
     name = _triton.NAMES[dtype]
@@ -380,14 +394,14 @@ def configs(heads: int, K: int, D: int, dtype: torch.dtype, arch: int, masked: b
         on_tensor_cores = "PRECISION" in kernel.arg_names and dtype != torch.float32
         return _triton.build(kernel, types | others, shared | constants, launch, aligned, on_tensor_cores)
 
-    config, layout = weights_config(heads, K, D, dtype, arch), _layout(K)
+    config, layout = weights_config(heads, K, D, dtype), _layout(K)
     yield build(kernels.weights_kernel, layout, config.launch())
     yield build(kernels.logit_gradients_kernel, layout | unscaled, config.launch())
     yield build(kernels.delta_kernel, {}, _rows_block(D))
     mean, plain = {"factors": None}, {"sums": None, "total": None} | unscaled
     for kind in (mean, plain):
-        config = gather_config(heads * K, D, dtype, arch)
+        config = gather_config(heads * K, D, dtype)
         yield build(kernels.gather_kernel, kind | {"SPLIT": False}, config.launch())
         yield build(kernels.gather_kernel, kind | {"SPLIT": True}, config.launch(), out="*fp32")
         yield build(kernels.combine_kernel, kind, _rows_block(D))
-    yield build(kernels.spread_kernel, unscaled, spread_config(heads * K, D, dtype, arch).launch())
+    yield build(kernels.spread_kernel, unscaled, spread_config(heads * K, D, dtype).launch())
