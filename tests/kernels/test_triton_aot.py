@@ -32,14 +32,17 @@ SETS = [  # K, L, masked: each branch of the tile sizes, and both ends of it
     (torch.float32, 3, 7, True),
     (torch.float32, 2, 1, False),
 ]
-SLOTS = [  # heads that share keys, K, D: the sizes in use, and both ends
-    (torch.bfloat16, 4, 4, 1024),
-    (torch.bfloat16, 1, 8, 128),
-    (torch.bfloat16, 1, 7, 64),
-    (torch.bfloat16, 1, 64, 1024),
-    (torch.float16, 1, 16, 256),
-    (torch.float32, 4, 4, 1024),
-    (torch.float32, 1, 7, 128),
+SLOTS = [  # heads that share keys, K, D, masked and with a bias: sizes in use, each branch of the tile sizes, both ends
+    (torch.bfloat16, 4, 4, 1024, False),
+    (torch.bfloat16, 4, 4, 1024, True),
+    (torch.bfloat16, 1, 8, 128, False),
+    (torch.bfloat16, 1, 7, 64, True),
+    (torch.bfloat16, 1, 64, 1024, True),
+    (torch.bfloat16, 1, 256, 64, False),
+    (torch.float16, 1, 16, 256, True),
+    (torch.float32, 4, 4, 1024, False),
+    (torch.float32, 1, 7, 128, True),
+    (torch.float32, 1, 64, 256, False),
 ]
 
 
@@ -54,11 +57,10 @@ def test_smooth_chamfer(dtype: torch.dtype, K: int, L: int, masked: bool, arch: 
     _check(smooth_chamfer.configs(K, L, 1024, dtype, arch, masked), arch, tmp_path, TENSOR_CORES[arch])
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-@pytest.mark.parametrize(("dtype", "heads", "K", "D"), SLOTS)
+@pytest.mark.parametrize(("dtype", "heads", "K", "D", "masked"), SLOTS)
 def test_slot_attention(
-    dtype: torch.dtype, heads: int, K: int, D: int, arch: int, masked: bool, tmp_path: Path
+    dtype: torch.dtype, heads: int, K: int, D: int, masked: bool, arch: int, tmp_path: Path
 ) -> None:
     _check(slot_attention.configs(heads, K, D, dtype, masked), arch, tmp_path, ANY_TENSOR_CORES)
 

@@ -68,13 +68,14 @@ class Config(NamedTuple):
     block_d: int
     num_warps: int
     num_stages: int
+    is_large: bool = False
+    """Left alone, the compiler would spill a little of such a tile to make room for one more program."""
 
     def launch(self) -> dict[str, Any]:
         """Keyword arguments of a launch."""
-        names = {"rows": "ROWS", "tokens": "TOKENS", "block_d": "BLOCK_D"}
-        options = {names.get(name, name): value for name, value in self._asdict().items()} | {"enable_fp_fusion": True}
-        # left alone, the compiler spills a little of a large tile to make room for one more program
-        return options | ({"maxnreg": 255} if self.rows >= 64 else {})
+        options = {"ROWS": self.rows, "TOKENS": self.tokens, "BLOCK_D": self.block_d, "enable_fp_fusion": True}
+        options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": 255} if self.is_large else {})
 
 
 def weights_config(heads: int, K: int, D: int, dtype: torch.dtype) -> Config:
@@ -85,11 +86,12 @@ def weights_config(heads: int, K: int, D: int, dtype: torch.dtype) -> Config:
     """
     slots = _triton.next_power_of_two(K)
     rows = max(16, slots, min(64, _triton.next_power_of_two(heads) * slots))
+    is_large = rows >= 64
     if dtype == torch.float32:  # uses no tensor cores, holds both operands in registers
-        return Config(
-            rows, max(16, min(64, 2048 // rows)), _block_d(D, 32 if rows < 64 else 16), 4 if rows < 64 else 8, 4
-        )
-    return Config(rows, 64 if rows <= 64 else 32, _block_d(D, 64), 4 if rows <= 128 else 8, 4)
+        tokens, block_d, warps = max(16, min(64, 2048 // rows)), 16 if is_large else 32, 8 if is_large else 4
+    else:
+        tokens, block_d, warps = 32 if rows > 64 else 64, 64, 8 if rows > 128 else 4
+    return Config(rows, tokens, _block_d(D, block_d), warps, 4, is_large)
 
 
 def gather_config(rows: int, D: int, dtype: torch.dtype) -> Config:
@@ -97,14 +99,14 @@ def gather_config(rows: int, D: int, dtype: torch.dtype) -> Config:
     rows = max(16, _triton.next_power_of_two(rows))
     if dtype == torch.float32:
         return Config(min(32, rows), 32, _block_d(D, 64), 4, 4)
-    return Config(min(64, rows), 64, _block_d(D, 128), 4, 4)
+    return Config(min(64, rows), 64, _block_d(D, 128), 4, 4, rows >= 64)
 
 
 def spread_config(rows: int, D: int, dtype: torch.dtype) -> Config:
     """Tile sizes of the kernel that sums over so many rows of an item."""
     if dtype == torch.float32:
         return Config(16, 32, _block_d(D, 64), 4, 2)
-    return Config(min(64, max(16, _triton.next_power_of_two(rows))), 64, _block_d(D, 128), 4, 2)
+    return Config(16 if rows <= 16 else 32, 64, _block_d(D, 128), 4, 2, rows > 16)
 
 
 def _block_d(D: int, largest: int) -> int:
