@@ -20,8 +20,8 @@ D = 128; and mostly from the cache.
       for more rows, features have to be split and the logits made again for each part. In the backward pass, dk of
       heads that do not fit in one tile has to be added up by one launch after the other.
   (b) Two kernels are products with a plain loop each, over features and over tokens, which the compiler pipelines. They
-      need 60 to 110 registers, so that several programs share a multiprocessor; any number of rows and features will
-      do; there are Dv / 128 times as many programs; and sums over heads are part of a product.
+      need 60 to 130 registers at 16 rows, so that several programs share a multiprocessor; any number of rows and
+      features will do; there are Dv / 128 times as many programs; and sums over heads are part of a product.
 
 Hence (b); in both ways k is read a second time for dq. (These are counts, not timings.) No atomics: one program makes
 each sum in one order, or several make parts that one adds in order.
