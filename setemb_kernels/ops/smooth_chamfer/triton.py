@@ -49,6 +49,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from setemb_kernels import _triton
 from setemb_kernels.ops.smooth_chamfer import triton_kernels as kernels
 
 # --- tile sizes
@@ -89,10 +90,6 @@ tests/kernels/test_triton_aot.py are compiled without spills; a few others spill
 with a gradient for alpha, on sm_90: 24), and above 64 vectors more do."""
 
 
-def _next_power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def forward_config(K: int, L: int, D: int, dtype: torch.dtype, arch: int, shifted: bool = False) -> Config:
     """Tile sizes of the forward kernel; arch is 10 * major + minor of the compute capability."""
     return _config(K, L, dtype, arch, rows=128, shifted=shifted, stages=4)
@@ -110,7 +107,7 @@ def _config(K: int, L: int, dtype: torch.dtype, arch: int, rows: int, shifted: b
     tensor cores and hold both operands in registers; where K or L is below 4, there is a pair for every few scores. All
     three take small tiles.
     """
-    slots_x, slots_y = _next_power_of_two(K), _next_power_of_two(L)
+    slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
     columns, part = 128 if shifted or not 90 <= arch < 100 else 256, 128
     if min(slots_x, slots_y) < 4:
         rows, columns, part = (64, 32, 32) if dtype == torch.float32 or arch >= 100 else (64, 64, 64)
@@ -249,23 +246,22 @@ class _Call:
         larger, smaller = MAX_VECTORS
         if max(K, L) > larger or min(K, L) > smaller:
             raise ValueError(f"x, y: expected sets of at most {larger} and {smaller} vectors on a GPU, got {K} and {L}")
-        self.programs, arch = _device(x)
+        self.programs, arch = _triton.device(x)
         self.configs = [configure(K, L, D, x.dtype, arch, shifted) for shifted in (False, True)]
         rows = max(config.rows for config in self.configs)
         _, columns, part, block_d, *_ = self.configs[0]
-        slots_x, slots_y = _next_power_of_two(K), _next_power_of_two(L)
+        slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
         self.x = _pack(x, x_mask, slots_x, max(1, 16 // slots_x), rows, block_d)
         self.y = _pack(y, y_mask, slots_y, part // slots_y, columns, block_d)
         self.features = self.x.rows.shape[1]
         self.alpha = min(float(alpha), torch.finfo(torch.float32).max) if _on_host(alpha) else alpha
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # what torch may use for a plain product
         self.constants = {
             "K": slots_x,
             "L": slots_y,
             "GROUP": self.x.group,
             "MASKED": x_mask is not None or y_mask is not None or (slots_x, slots_y) != (K, L),
             "ALPHA_ON_DEVICE": isinstance(self.alpha, Tensor),
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": _triton.precision(),
         }
 
     def operands(self, config: Config) -> tuple[Any, ...]:
@@ -302,14 +298,6 @@ def _on_host(alpha: Tensor) -> bool:
     return alpha.device.type == "cpu"
 
 
-def _device(x: Tensor) -> tuple[int, int]:
-    """Multiprocessors and architecture (10 * major + minor of the compute capability)."""
-    if x.device.type == "cpu":  # Triton's interpreter
-        return 2, 90
-    properties = torch.cuda.get_device_properties(x.device)
-    return properties.multi_processor_count, 10 * properties.major + properties.minor
-
-
 def _pack(v: Tensor, mask: Tensor | None, slots: int, group: int, rows: int, block_d: int) -> _Packed:
     """v in tile order, padded to whole tiles of `rows` rows and whole blocks of `block_d` features."""
     N, K, D = v.shape
@@ -320,7 +308,7 @@ def _pack(v: Tensor, mask: Tensor | None, slots: int, group: int, rows: int, blo
     stats = v.new_empty(3, sets, dtype=torch.float32)
     block = _block(slots, features, sets)
     kernels.pack_kernel[(sets // block["SETS"],)](
-        v, mask, packed, valid, stats, N, K, D, features, sets, *v.stride(), *_strides(mask),
+        v, mask, packed, valid, stats, N, K, D, features, sets, *v.stride(), *_triton.strides(mask, 2),
         HAS_MASK=mask is not None, SLOTS=slots, GROUP=group, **block,
         LARGEST_EXPONENT=(124 - math.ceil(math.log2(features))) // 2, enable_fp_fusion=True,
     )  # fmt: skip
@@ -337,19 +325,15 @@ def _unpack(
     block = _block(like.slots, sums.shape[1], like.sets)
     last = min(N, first + sets)
     kernels.unpack_kernel[(triton.cdiv(last - first, block["SETS"]),)](
-        sums, mask, like.stats, exponents, out, first, last, K, D, sums.shape[1], like.sets, *_strides(mask),
+        sums, mask, like.stats, exponents, out, first, last, K, D, sums.shape[1], like.sets, *_triton.strides(mask, 2),
         HAS_MASK=mask is not None, SLOTS=like.slots, GROUP=like.group, **block,
         enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _strides(mask: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if mask is None else mask.stride()
-
-
 def _block(slots: int, features: int, sets: int) -> dict[str, int]:
     """What one program packs or unpacks at a time: about 4096 numbers, of as many sets as divide `sets`."""
-    block_d = min(_next_power_of_two(features), max(16, 4096 // slots))
+    block_d = min(_triton.next_power_of_two(features), max(16, 4096 // slots))
     return {"SETS": math.gcd(max(1, 4096 // (slots * block_d)), sets), "BLOCK_D": block_d}
 
 
@@ -381,22 +365,9 @@ def _alpha_gradient(parts: Tensor, exponents: Tensor, alpha: Tensor) -> Tensor:
 # --- ahead of time
 
 
-class Build(NamedTuple):
-    """Arguments of ``triton.compiler.ASTSource`` and ``triton.compile`` for one kernel that a call may launch."""
-
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    attrs: dict[tuple[int], list[list[Any]]]
-    options: dict[str, Any]
-
-
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool = False) -> Iterator[Build]:
+def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool = False) -> Iterator[_triton.Build]:
     """Every kernel that forward and backward launch for such sets on such a chip."""
-    slots_x, slots_y = _next_power_of_two(K), _next_power_of_two(L)
+    slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
     group = max(1, 16 // slots_x)
     limit = torch.finfo(dtype).max
     shared = {"K": slots_x, "L": slots_y, "GROUP": group, "PRECISION": "ieee", "ALPHA_ON_DEVICE": False}
@@ -414,23 +385,16 @@ def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool 
             yield _build(kernels.weights_kernel, dtype, constants, config.launch())
 
 
-def _build(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any]) -> Build:
-    name = _NAMES[dtype]
-    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    options |= {key: value for key, value in launch.items() if key in options or key == "maxnreg"}
-    constants = constants | {key: value for key, value in launch.items() if key not in options}
-    pointers = {"v": name, "mask": "i1", "valid": "i8", "x_valid": "i8", "y_valid": "i8", "exponents": "i32"}
-    pointers |= dict.fromkeys(("stats", "x_stats", "y_stats", "x_peak", "y_peak", "alpha_parts"), "fp32")
-    pointers |= dict.fromkeys(("x", "y", "out", "grad", "chunk"), name)
-    pointers["packed"] = "fp32" if kernel is kernels.unpack_kernel else name
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"alpha": "fp32"}
-    signature |= {key: f"*{value}" for key, value in pointers.items()} | dict.fromkeys(constants, "constexpr")
-    if constants.get("BULK"):
+def _build(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any]) -> _triton.Build:
+    name = _triton.NAMES[dtype]
+    types = {"mask": "*i1", "valid": "*i8", "x_valid": "*i8", "y_valid": "*i8", "exponents": "*i32", "alpha": "fp32"}
+    types |= dict.fromkeys(("stats", "x_stats", "y_stats", "x_peak", "y_peak", "alpha_parts"), "*fp32")
+    types |= dict.fromkeys(("v", "x", "y", "out", "grad", "chunk"), f"*{name}")
+    types["packed"] = "*fp32" if kernel is kernels.unpack_kernel else f"*{name}"
+    if launch.get("BULK"):
         for key, rows in (("x", "ROWS"), ("y", "COLUMNS")):
-            signature[key] = f"tensordesc<{name}[{constants[rows]},{constants['BLOCK_D']}]>"
-    signature = {key: signature[key] for key in kernel.arg_names}
-    if signature.get("mask") and not constants["HAS_MASK"]:
-        signature["mask"], constants = "constexpr", constants | {"mask": None}
-    aligned = [key for key, value in signature.items() if value.startswith("*") or key == "features"]
-    attrs = {(kernel.arg_names.index(key),): [["tt.divisibility", 16]] for key in aligned}
-    return Build(kernel, signature, constants, attrs, options)
+            types[key] = f"tensordesc<{name}[{launch[rows]},{launch['BLOCK_D']}]>"
+    if not constants.get("HAS_MASK"):
+        constants = constants | {"mask": None}
+    on_tensor_cores = "SHIFTED" in constants and dtype != torch.float32
+    return _triton.build(kernel, types, constants, launch, {"features"}, on_tensor_cores)
