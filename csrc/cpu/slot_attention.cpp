@@ -308,7 +308,8 @@ class SlotAttention {
   // Columns n .. of the last vector become 0.
   void clear_tail(T* matrix, int64_t n) const {
     const int64_t end = round_up(n, lanes);
-    for (int64_t r = 0; r < rows_ && n < end; ++r) std::fill(matrix + r * stride_ + n, matrix + r * stride_ + end, T(0));
+    for (int64_t r = 0; r < rows_ && n < end; ++r)
+      std::fill(matrix + r * stride_ + n, matrix + r * stride_ + end, T(0));
   }
 
   // A of n tokens, 0 in the columns up to the next whole vector.
@@ -352,7 +353,8 @@ class SlotAttention {
   void slope_of_block(Scratch& s, int64_t n) const {
     T* const slope = s.slope;
     const int64_t K = p_.slots;
-    dots(s.h_rows.data(), padded_rows_, s.v_rows.data(), round_up(n, kDotColumns<T>), p_.value_features, slope, stride_);
+    dots(s.h_rows.data(), padded_rows_, s.v_rows.data(), round_up(n, kDotColumns<T>), p_.value_features, slope,
+         stride_);
     clear_tail(slope, n);
     for (int64_t first = 0; first < rows_; first += K) {
       for (int64_t j = 0; j < n; j += lanes) {

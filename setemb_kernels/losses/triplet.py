@@ -15,7 +15,7 @@ visits winners and positives only. The other two make the similarities again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,13 +32,14 @@ _CHUNK = 1024
 def _forward(sets: Sets, margin: float, negatives: str) -> tuple[Tensor, Tensor, Tensor]:
     positives = _Positives(sets)
     rows, columns = positives.rows.new_empty(0), positives.rows.new_empty(0)
+    costs: Iterable[Tensor]
     if negatives == "hardest":
         rows, columns = _hardest(sets)
         costs = (margin + hardest - positives.s for hardest in positives.hardest(rows, columns))
     elif negatives == "semi-hard":
         costs = (margin + best - positives.s for best, _ in positives.semi_hard())
     else:
-        costs = iter(positives.mean_violations(margin))
+        costs = positives.mean_violations(margin)
     loss = sum((cost.clamp(min=0).sum() for cost in costs), sets.x.new_zeros((), dtype=sets.dtype))
     return loss / max(len(positives.s), 1), rows, columns
 

@@ -48,6 +48,21 @@ def slot_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    scale: float | None = ...,
+    eps: float = ...,
+    token_eps: float = ...,
+    return_attention: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def slot_attention(
     q: Tensor,
     k: Tensor,
@@ -70,10 +85,12 @@ def slot_attention(
                    {\sum_t (A_{kt} + \mathrm{token\_eps}) + \mathrm{eps}}
 
     The softmax is over the *slots* of a token, so one pass over k and v makes numerator and denominator together; the
-    backward pass makes A again from q, k, U and the denominators. Nothing of size ``B H T K`` is stored, in either.
+    backward pass makes A again from q, k, U and the denominators. Nothing of size ``B H T K`` is stored, in either; on
+    a GPU the weights of some items at a time pass through a workspace of 32 MiB (more where one item needs it).
 
     Args:
-        q: ``[B, H, K, Dk]`` slots; float32, bfloat16, float16 or float64 (on a GPU: the reference). Any strides.
+        q: ``[B, H, K, Dk]`` slots, on a GPU 256 a head at most; float32, bfloat16, float16 or float64 (on a GPU: the
+            reference). Any strides.
         k: ``[B, H, T, Dk]`` keys, or ``[B, 1, T, Dk]``, one head for all heads of q. Of the dtype and device of q.
         v: ``[B, H, T, Dv]`` values, or ``[B, 1, T, Dv]``; as many heads as k. None where the keys are the values too:
             then k is read once and gets one gradient. k and v that are both *expanded* over heads (stride 0) count as
@@ -102,9 +119,7 @@ def slot_attention(
     Kim, Kim, Kwak, "Improving Cross-Modal Retrieval with Set of Diverse Embeddings", CVPR 2023, section 3.2.
     """
     _check.floating("q", q, _check.SLOTS)
-    one_k, one_v = (_one_head_if_expanded(t, q.shape[1]) for t in (k, v))
-    if all(not isinstance(t, Tensor) or (t.dim() == 4 and t.shape[1] == 1) for t in (one_k, one_v)):
-        k, v = one_k, one_v
+    k, v = _as_one_head(k, v, q.shape[1])
     for name, value in (("k", k), ("v", k if v is None else v)):
         _check.floating(name, value, _check.TOKENS)
         _check.same_size(name, value, "q", q, {0: "items"})
@@ -130,17 +145,23 @@ def slot_attention(
     return (out, _attention(q, k, bias, mask, scale)) if return_attention else out
 
 
-def _one_head_if_expanded(t: Tensor, heads: int) -> Tensor:
-    if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == heads > 1 and t.stride(1) == 0:
-        return t[:, :1]
-    return t
+def _as_one_head(k: Tensor, v: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None]:
+    """k and v with one head, where both have one or are expanded over all."""
+    for t in (k, k if v is None else v):
+        if not isinstance(t, Tensor) or t.dim() != 4:
+            return k, v
+        if t.shape[1] != 1 and not (t.shape[1] == heads and t.stride(1) == 0):
+            return k, v
+    one_k, one_v = (t if t is None or t.shape[1] == 1 else t[:, :1] for t in (k, v))
+    assert one_k is not None
+    return one_k, one_v
 
 
 def _attention(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     """``A [B, H, K, T]``, stored: it was asked for."""
     if mask is not None:
         k = torch.where(mask[:, None, :, None], k, 0)
-    logits = scale * (q @ k.transpose(-1, -2))
+    logits = (scale * q) @ k.transpose(-1, -2)
     attention = (logits if bias is None else logits + bias[..., None]).softmax(2)
     return attention if mask is None else torch.where(mask[:, None, None], attention, 0)
 

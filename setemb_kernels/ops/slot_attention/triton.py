@@ -125,7 +125,7 @@ def _layout(K: int) -> dict[str, int]:
 def forward(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     scale: float,
@@ -133,6 +133,7 @@ def forward(
     token_eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The update ``[B, H, K, Dv]`` in the dtype of q and ``total [B, H, K]`` in float32. See `op.slot_attention`."""
+    v = k if v is None else v
     out, total = _empty_like_slots(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     if 0 in total.shape:
         return out, total
@@ -151,7 +152,7 @@ def backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     out: Tensor,
@@ -164,7 +165,13 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for q, k, v and bias from the upstream ``grad [B, H, K, Dv]``; one that is not needed comes back empty
-    ``[0]``. Memory beyond inputs and outputs: `WORKSPACE_BYTES`, and some of the size of total."""
+    ``[0]``. Memory beyond inputs and outputs: `WORKSPACE_BYTES`, and some of the size of total; and where keys are the
+    values, too (v is None), one more gradient of that size, as the two are made one by one."""
+    if v is None:
+        grad_q, grad_k, grad_v, grad_bias = backward(
+            grad, q, k, k, bias, mask, out, total, scale, token_eps, need_q, need_k, need_k, need_bias
+        )
+        return grad_q, grad_k.add_(grad_v), k.new_empty(0), grad_bias
     allocate = k.new_zeros if 0 in total.shape else k.new_empty
     grad_q = _empty_like_slots(q, q.shape[3]) if need_q else q.new_empty(0)
     grad_k, grad_v = allocate(k.shape if need_k else 0), allocate(v.shape if need_v else 0)

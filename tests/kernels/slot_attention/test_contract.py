@@ -112,7 +112,7 @@ def test_autocast_leaves_float64_alone_and_mixes_nothing_with_it(double: str) ->
     values[double] = values[double].double()
     all_double = {name: t.double() for name, t in values.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(TypeError, match="expected float.* as in q, got float"):
+        with pytest.raises(TypeError, match=r"expected float.* as in q, got float"):
             slot_attention(**values)
         out = slot_attention(**all_double)
     assert torch.equal(out, slot_attention(**all_double))
