@@ -62,6 +62,14 @@ def train(
         Path | None,
         typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly.", show_default=False),
     ] = None,
+    accumulate_embeddings: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Encode N images, and N captions, at a time: for batches whose activations do not fit.",
+            show_default=False,
+        ),
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print all settings of the recipe and stop.")] = False,
 ) -> None:
     """Train a model on precomputed features and captions.
@@ -75,13 +83,15 @@ def train(
         if (recipe is None) == (resume is None):
             raise ValueError(f"give either a recipe ({', '.join(recipes())}, or a YAML file) or --resume RUN")
         if resume is not None:
-            if out is not None:
-                raise ValueError("--resume names the run's folder; --out does not go with it")
+            if out is not None or accumulate_embeddings is not None:
+                raise ValueError("--resume goes on as the run began: no other option goes with it")
             if not (resume / "config.yaml").is_file():
                 raise ValueError(f"nothing to resume: no {resume / 'config.yaml'}")
             folder, config = resume, load_config(resume / "config.yaml")
         else:
             folder = out or Path("runs") / Path(str(recipe)).stem
+            if accumulate_embeddings is not None:
+                overrides = [*(overrides or []), f"trainer.accumulate_embeddings={accumulate_embeddings}"]
             config = load_config(recipe, overrides or [])
             if show:
                 print(to_yaml(config), end="")

@@ -137,6 +137,9 @@ class TrainerConfig:
     """32, bf16-mixed or 16-mixed."""
     accelerator: str = "auto"
     gradient_clip: float = 1.0
+    accumulate_embeddings: int = 0
+    """Images, and captions, encoded at a time where activations of a whole batch do not fit; 0: all. The gradient is
+    the whole batch's."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights; 0: none."""
     checkpoint_every: int = 100

@@ -35,6 +35,7 @@ try:
 except ImportError as error:
     raise ImportError('training needs lightning 2.6 or newer: pip install "setemb[train]"') from error
 
+from setemb.accumulate import encode_in_parts
 from setemb.checkpoint import load_checkpoint, save_checkpoint, write_file
 from setemb.config import Config, DataConfig, LossConfig, from_dict, to_yaml
 from setemb.data.loader import RetrievalData, RetrievalDataModule, evaluation_loader
@@ -44,6 +45,7 @@ from setemb.evaluation import RecallReport, evaluate_retrieval
 from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import TransformerTextEncoder
+from setemb_kernels import set_infonce_loss, set_triplet_loss
 
 # Its remarks on devices and services are of no use here; its warnings stay.
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -62,11 +64,11 @@ class RetrievalModule(pl.LightningModule):
         torch.manual_seed((self.config.trainer.seed << 32) + self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, texts = self.model.encode_image(batch), self.model.encode_text(batch)
-        sim = self.model.similarity(images, texts)
-        parts = {
-            "main": retrieval_loss(sim, positive_of(batch), self.config.loss, self.global_step / self.steps_per_epoch)
-        }
+        model, size = self.model, self.config.trainer.accumulate_embeddings
+        images = encode_in_parts(model.encode_image, batch, ("images", "image_mask"), size, model)
+        texts = encode_in_parts(model.encode_text, batch, ("texts", "text_mask"), size, model)
+        epochs = self.global_step / self.steps_per_epoch
+        parts = {"main": retrieval_loss(model, images.embeddings, texts.embeddings, batch, self.config.loss, epochs)}
         loss = parts["main"]
         if self.config.loss.diversity > 0:
             parts["diversity"] = diversity_loss(images.slots) + diversity_loss(texts.slots)
@@ -119,20 +121,36 @@ class RetrievalModule(pl.LightningModule):
         }
 
 
-def retrieval_loss(sim: Tensor, positive: Tensor, config: LossConfig, epochs_done: float) -> Tensor:
-    """The main loss of a step; ``positive`` is bool ``[B, C]`` or the captions' image rows ``[C]``."""
-    if config.kind == "info_nce":
-        return info_nce_loss(sim, positive, config.temperature)
+def retrieval_loss(
+    model: SetEmbedder, images: Tensor, texts: Tensor, batch: Batch, config: LossConfig, epochs_done: float
+) -> Tensor:
+    """The main loss of a step over sets ``[B, K, D]`` and ``[C, K, D]``.
+
+    Smooth-Chamfer similarities are never stored (`setemb_kernels.losses`), where groups say what belongs together.
+    Those of other kinds are, and so are they where the batch lists its positive pairs: bool ``[B, C]``, "positive".
+    """
     # mean of violations for the warm-up, then linearly to the hardest negative in as many epochs again
     ramp = 1.0 if config.warmup_epochs <= 0 else min(max(epochs_done / config.warmup_epochs - 1, 0.0), 1.0)
-    return hardest_triplet_loss(sim, positive, config.margin, config.hardest_fraction * ramp)
-
-
-def positive_of(batch: Batch) -> Tensor:
-    """bool ``[B, C]``: the positive pairs of a batch."""
-    if "positive" in batch:
-        return batch["positive"]
-    return batch["image_group"][:, None] == batch["caption_group"]
+    hardest = config.hardest_fraction * ramp
+    if model.config.similarity != "smooth_chamfer" or "positive" in batch:
+        positive = batch.get("positive")
+        if positive is None:
+            positive = batch["image_group"][:, None] == batch["caption_group"]
+        sim = model.similarity(images, texts)
+        if config.kind == "info_nce":
+            return info_nce_loss(sim, positive, config.temperature)
+        return hardest_triplet_loss(sim, positive, config.margin, hardest)
+    options: dict[str, Any] = {"x_group": batch["image_group"], "y_group": batch["caption_group"]}
+    options["alpha"] = model.config.alpha
+    with torch.autocast(images.device.type, enabled=False):  # a margin needs more digits than bfloat16 has
+        if config.kind == "info_nce":
+            return set_infonce_loss(images, texts, temperature=config.temperature, **options)
+        loss = images.new_zeros(())
+        for share, negatives in ((hardest, "hardest"), (1 - hardest, "all")):
+            if share > 0:
+                part = set_triplet_loss(images, texts, margin=config.margin, negatives=cast(Any, negatives), **options)
+                loss = loss + share * part
+        return loss
 
 
 def cosine_with_warmup(step: int, total: int, warmup: int) -> float:
@@ -243,6 +261,9 @@ def fit(
     Raises:
         ValueError, FileExistsError, FileNotFoundError: naming the setting or the folder.
     """
+    if config.trainer.accumulate_embeddings < 0:
+        given = config.trainer.accumulate_embeddings
+        raise ValueError(f"trainer.accumulate_embeddings must be at least 0, got {given}")
     for name, value in (("epochs", config.trainer.epochs), ("validate_every", config.trainer.validate_every)):
         if value < 1:
             raise ValueError(f"trainer.{name} must be at least 1, got {value}")

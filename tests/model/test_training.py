@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 pytest.importorskip("lightning")
 pytest.importorskip("omegaconf")
@@ -21,11 +22,12 @@ pytest.importorskip("tensorboard")
 
 from typer.testing import CliRunner
 
+from setemb.accumulate import encode_in_parts
 from setemb.checkpoint import load_checkpoint, save_checkpoint
 from setemb.cli import app
 from setemb.config import LossConfig, load_config
 from setemb.data.precomp import FeatureCaptions
-from setemb.losses import hardest_triplet_loss
+from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss
 from setemb.model import SetEmbedder
 from setemb.training import (
     cosine_with_warmup,
@@ -227,11 +229,85 @@ def test_schedules():
     assert cosine_with_warmup(4, 10, 4) == 1.0
     assert cosine_with_warmup(7, 10, 4) == pytest.approx(0.5)
     assert cosine_with_warmup(10, 10, 4) == pytest.approx(0.0)
-    sim, ids = torch.randn(4, 8), torch.arange(8) // 2
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["groups", "listed pairs"])
+def test_loss_of_a_step(listed):
+    """The same from embeddings as from stored similarities, at all stages of the warm-up."""
+    model = tiny_model()
+    images, texts = (functional.normalize(torch.randn(n, 4, 16), dim=-1) for n in (4, 8))
+    groups = {"image_group": torch.tensor([7, 2, 9, 4]), "caption_group": torch.tensor([7, 7, 2, 2, 9, 9, 4, 4])}
+    positive = groups["image_group"][:, None] == groups["caption_group"]
+    batch = {"positive": positive} if listed else groups
+    sim = model.similarity(images, texts)
     config = LossConfig(warmup_epochs=2.0, hardest_fraction=0.8)
     for epochs_done, fraction in ((0.0, 0.0), (2.0, 0.0), (3.0, 0.4), (4.0, 0.8), (9.0, 0.8)):
-        expected = hardest_triplet_loss(sim, ids, config.margin, fraction)
-        torch.testing.assert_close(retrieval_loss(sim, ids, config, epochs_done), expected)
+        expected = hardest_triplet_loss(sim, positive, config.margin, fraction)
+        torch.testing.assert_close(retrieval_loss(model, images, texts, batch, config, epochs_done), expected)
+    config = LossConfig(kind="info_nce")
+    expected = info_nce_loss(sim, positive, config.temperature)
+    torch.testing.assert_close(retrieval_loss(model, images, texts, batch, config, 0.0), expected)
+
+
+def tiny_model() -> SetEmbedder:
+    config = load_config(TINY, []).model
+    config.image.dim_in, config.text.encoder, config.text.dim_in, config.dim = 12, "features", 10, 16
+    return SetEmbedder(config)
+
+
+def step_gradients(model: SetEmbedder, batch: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model.zero_grad()
+    images = encode_in_parts(model.encode_image, batch, ("images", "image_mask"), size, model)
+    texts = encode_in_parts(model.encode_text, batch, ("texts", "text_mask"), size, model)
+    main = retrieval_loss(model, images.embeddings, texts.embeddings, batch, LossConfig(kind="info_nce"), 0.0)
+    (main + diversity_loss(images.slots) + diversity_loss(texts.slots)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_encoding_in_parts_gives_the_gradient_of_the_whole_batch():
+    torch.manual_seed(0)
+    model = tiny_model().double().eval()  # batch normalisation and dropout see items alike, whatever the part
+    batch = {
+        "images": torch.randn(10, 6, 12, dtype=torch.float64),
+        "image_mask": torch.rand(10, 6) < 0.8,
+        "texts": torch.randn(20, 5, 10, dtype=torch.float64),
+        "text_mask": torch.arange(5) < torch.randint(1, 6, (20, 1)),
+        "image_group": torch.arange(10),
+        "caption_group": torch.arange(20) // 2,
+    }
+    whole = step_gradients(model, batch, 0)
+    assert len(whole) > 20
+    for size in (1, 3, 7, 100):
+        torch.testing.assert_close(step_gradients(model, batch, size), whole, rtol=1e-9, atol=1e-12)
+
+
+def test_encoding_in_parts_counts_statistics_once():
+    torch.manual_seed(0)
+    model = tiny_model()
+    batch = {"images": torch.randn(8, 6, 12)}
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d))
+    norm.momentum = 0.5
+    encode_in_parts(model.encode_image, batch, ("images",), 4, model).slots.sum().backward()
+    twice = norm.running_mean.clone()
+    norm.reset_running_stats()
+    with torch.no_grad():
+        for first in (0, 4):
+            model.encode_image({"images": batch["images"][first : first + 4]})
+    torch.testing.assert_close(twice, norm.running_mean)
+    assert norm.momentum == 0.5
+
+
+def test_training_in_parts(tiny_precomp, tmp_path):
+    result = run(
+        "train", TINY, f"data.dir={tiny_precomp}", "trainer.epochs=2", "--accumulate-embeddings", "8", "--out", tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert load_config(tmp_path / "config.yaml").trainer.accumulate_embeddings == 8
+    assert len([row for row in read_metrics(tmp_path) if "loss" in row]) > 0
+    result = run("train", TINY, f"data.dir={tiny_precomp}", "--accumulate-embeddings", "-1", "--out", tmp_path / "b")
+    assert result.returncode == 2
+    assert "trainer.accumulate_embeddings must be at least 0, got -1" in result.stderr
 
 
 def test_mixed_precision_trains(tiny_precomp, tmp_path):
