@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,37 +51,84 @@ SLOTS = [  # heads that share keys, K, D, masked and with a bias: sizes in use, 
 ]
 
 
-@pytest.fixture(autouse=True)
-def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+@pytest.fixture(scope="module")
+def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[list[Report]]]]:
+    """What the compiler says for each of the tests that run: in processes of their own, as many as there are cores."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield {
+            item.name: pool.submit(_compile, item.originalname, dict(item.callspec.params))
+            for item in items
+            if item.module is request.module
+        }
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize(("dtype", "K", "L", "masked"), SETS)
-def test_smooth_chamfer(dtype: torch.dtype, K: int, L: int, masked: bool, arch: int, tmp_path: Path) -> None:
-    _check(smooth_chamfer.configs(K, L, 1024, dtype, arch, masked), arch, tmp_path, TENSOR_CORES[arch])
+def test_smooth_chamfer(
+    dtype: torch.dtype,
+    K: int,
+    L: int,
+    masked: bool,
+    arch: int,
+    reports: dict[str, Future[list[Report]]],
+    request: pytest.FixtureRequest,
+) -> None:
+    _check(reports[request.node.name].result(), arch, TENSOR_CORES[arch])
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize(("dtype", "heads", "K", "D", "masked"), SLOTS)
 def test_slot_attention(
-    dtype: torch.dtype, heads: int, K: int, D: int, masked: bool, arch: int, tmp_path: Path
+    dtype: torch.dtype,
+    heads: int,
+    K: int,
+    D: int,
+    masked: bool,
+    arch: int,
+    reports: dict[str, Future[list[Report]]],
+    request: pytest.FixtureRequest,
 ) -> None:
-    _check(slot_attention.configs(heads, K, D, dtype, masked), arch, tmp_path, ANY_TENSOR_CORES)
+    _check(reports[request.node.name].result(), arch, ANY_TENSOR_CORES)
 
 
-def _check(builds: Iterable[Build], arch: int, folder: Path, tensor_cores: str) -> None:
-    for build in builds:
-        source = ASTSource(fn=build.kernel, signature=build.signature, constexprs=build.constants, attrs=build.attrs)
-        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=build.options)
-        cubin = folder / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = _resources(cubin)
-        where = f"{build.kernel.__name__} {build.constants} for sm_{arch}: {usage}"
-        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, where
-        assert kernel.metadata.shared <= SHARED_MEMORY[arch], where
-        if build.uses_tensor_cores:
-            assert re.search(tensor_cores, kernel.asm["ptx"]), where
+class Report(NamedTuple):
+    """What became of one kernel."""
+
+    name: str
+    usage: dict[str, int]
+    shared: int
+    ptx: str
+    """Where it should use tensor cores, else empty."""
+
+
+def _check(reports: list[Report], arch: int, tensor_cores: str) -> None:
+    assert reports
+    for report in reports:
+        where = f"{report.name} for sm_{arch}: {report.usage}"
+        assert report.usage["STACK"] == 0 and report.usage["LOCAL"] == 0, where
+        assert report.shared <= SHARED_MEMORY[arch], where
+        if report.ptx:
+            assert re.search(tensor_cores, report.ptx), where
+
+
+def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
+    p, arch = parameters, parameters["arch"]
+    if test == "test_smooth_chamfer":
+        builds = smooth_chamfer.configs(p["K"], p["L"], 1024, p["dtype"], arch, p["masked"])
+    else:
+        builds = slot_attention.configs(p["heads"], p["K"], p["D"], p["dtype"], p["masked"])
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        return [_report(build, arch, Path(folder) / "kernel.cubin") for build in builds]
+
+
+def _report(build: Build, arch: int, cubin: Path) -> Report:
+    source = ASTSource(fn=build.kernel, signature=build.signature, constexprs=build.constants, attrs=build.attrs)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=build.options)
+    cubin.write_bytes(kernel.asm["cubin"])
+    name = f"{build.kernel.__name__} {build.constants}"
+    return Report(name, _resources(cubin), kernel.metadata.shared, kernel.asm["ptx"] if build.uses_tensor_cores else "")
 
 
 def _resources(cubin: Path) -> dict[str, int]:
