@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from setemb_kernels.distributed.batch import Batch
@@ -51,13 +50,12 @@ class _Function(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, batch = ctx.saved_tensors, ctx.batch
         sets, scalars = Sets(*saved[: ctx.count]), saved[ctx.count :]
         batch.sets = sets
         need_x, need_y, need_alpha = ctx.needs[:3]
-        with torch.autocast(sets.x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(sets.x.device.type, enabled=False):
             gradients = Gradients(sets, need_x, False, need_alpha)
             gradients.needs = need_x, batch.need_y, need_alpha  # those of y of other ranks
             by_scalars = ctx.loss.backward(batch, gradients, grad.to(sets.dtype), ctx.state, *scalars)
@@ -66,4 +64,21 @@ class _Function(torch.autograd.Function):
         batch.sets = sets._replace(x=sets.x[:0], y=sets.y[:0])
         first = [g if need else None for g, need in zip((x, y, alpha), ctx.needs, strict=False)]
         last = [g.to(s.device, s.dtype) for g, s in zip(by_scalars, scalars, strict=True)]
-        return *(None,) * 5, *first, *(None,) * (ctx.count - 3), *last
+        results = *(None,) * 5, *first, *(None,) * (ctx.count - 3), *last
+        if torch.is_grad_enabled():  # with create_graph
+            anchor = torch.zeros((), requires_grad=True)
+            return tuple(g if g is None else _Final.apply(batch.ring.name, anchor, g) for g in results)
+        return results
+
+
+class _Final(torch.autograd.Function):
+    """A gradient that raises where it is differentiated, instead of passing silently for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, anchor: Tensor, gradient: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name} has no second derivative: call backward without create_graph=True")

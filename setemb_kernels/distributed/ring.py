@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from torch.distributed import ProcessGroup
 from setemb_kernels.distributed import missing
 
 _ALIGNMENT = 16
+_UNUSED_TAG = 0x5E7E
 _PATIENCE = 0.8
 """The part of the time-out for which an exchange is waited for; the rest is for finding out who is missing."""
 
@@ -108,13 +110,24 @@ class Ring:
         if self.group is None:
             return RuntimeError(f"{self.name}: {cause}")
         late = waited >= 0.95 * _PATIENCE * self.timeout
-        rest = (1 - _PATIENCE) * self.timeout
         store = dist.distributed_c10d._get_process_group_store(self.group)
-        found = missing.find(store, self.rank, peer, rest if late else min(rest, 1.0))
+        rest = (1 - _PATIENCE) * self.timeout
+        found = missing.find(store, self.rank, peer, late=late, patience=rest, wake=self._close)
         reason = f"waited {waited:.1f} s" if late else missing.first_line(cause)
         if found.rank is None:
             return RuntimeError(f"{self.name}: no answer from rank {self._global(peer)} ({reason}); {found.why}")
         return RuntimeError(f"{self.name}: rank {self._global(found.rank)} takes no part: {found.why} ({reason})")
+
+    def _close(self) -> None:
+        """Close the connections of a group of gloo, so that nobody waits for this rank in vain.
+
+        An exchange that takes too long does that; here one that nobody answers.
+        """
+        for peer in [] if self.nccl else {self.next, self.previous}:
+            with suppress(RuntimeError):
+                unanswered = dist.irecv(torch.empty(1), group=self.group, group_src=peer, tag=_UNUSED_TAG)
+                assert unanswered is not None
+                unanswered.wait(timedelta(milliseconds=1))
 
     def _global(self, rank: int) -> int:
         assert self.group is not None
@@ -135,8 +148,8 @@ class Exchange:
         if ring.nccl:  # in one group: two ranks that only send to each other would wait for ever
             operations = [dist.P2POp(dist.isend, self.sent, group=ring.group, group_peer=ring.next)]
             operations += [dist.P2POp(dist.irecv, self.received, group=ring.group, group_peer=ring.previous)]
-            works = dist.batch_isend_irecv([operation for operation in operations if operation.tensor.numel()])
-            self.works = [(ring.previous, work) for work in works]
+            operations = [operation for operation in operations if operation.tensor.numel()]
+            self.works = [(ring.previous, work) for work in dist.batch_isend_irecv(operations)] if operations else []
             return
         if self.received.numel():
             self._post(ring.previous, partial(dist.irecv, self.received, group=ring.group, group_src=ring.previous))
