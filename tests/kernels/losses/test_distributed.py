@@ -74,11 +74,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda size: ranks.run(all_cases, size, tmp_path_factory.mktemp(f"world{size}"), size))
 
 
+@cache
+def of_one_process(case: str, name: str) -> dict[str, Tensor]:
+    return with_gradients(LOSSES[name].run, build(TABLE[case]), LOSSES[name].scalars)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", TABLE)
 @pytest.mark.parametrize("size", SHARDS)
 def test_loss_and_gradients_are_those_of_one_process(size: int, case: str, name: str, world: Any) -> None:
-    truth = with_gradients(LOSSES[name].run, build(TABLE[case]), LOSSES[name].scalars)
+    truth = of_one_process(case, name)
     for number in range(len(SHARDS[size])):
         each = [results[case, name, number] for results in world(size)]
         for result in each:
