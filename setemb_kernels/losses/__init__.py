@@ -58,7 +58,7 @@ def set_triplet_loss(
 
     Source: Faghri et al., "VSE++", BMVC 2018; semi-hard: Schroff et al., "FaceNet", CVPR 2015.
     """
-    arguments = _arguments(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
     _check.not_negative_and_finite("margin", margin)
     if negatives not in triplet.KINDS:
         raise ValueError(f"negatives: expected one of {', '.join(triplet.KINDS)}, got {negatives!r}")
@@ -97,7 +97,7 @@ def set_infonce_loss(
 
     Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018.
     """
-    arguments = _arguments(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
     loss: Tensor = infonce.OP(*arguments, _check.sharpness("temperature", temperature, x.device), symmetric)[0]
@@ -131,20 +131,13 @@ def set_sigmoid_loss(
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
     """
-    arguments = _arguments(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
     scale = _check.sharpness("scale", scale, x.device)
-    if not isinstance(bias, Tensor):
-        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-            raise TypeError(f"bias: expected a number or a torch.Tensor, got {type(bias).__name__}")
-        if not -math.inf < bias < math.inf:
-            raise ValueError(f"bias: expected a finite number, got {bias}")
-        bias = torch.tensor(float(bias), dtype=torch.float64)
-    bias = _check.scalar("bias", bias, x.device)
-    loss: Tensor = sigmoid.OP(*arguments, scale, bias)[0]
+    loss: Tensor = sigmoid.OP(*arguments, scale, check_bias(bias, x.device))[0]
     return loss
 
 
-def _arguments(
+def check_sets(
     x: Tensor,
     y: Tensor,
     alpha: float | Tensor,
@@ -161,3 +154,14 @@ def _arguments(
         missing = "x_group" if x_group is None else "y_group"
         raise ValueError(f"{missing}: expected ids as for the other side, got None")
     return x, y, _check.sharpness("alpha", alpha, x.device), x_mask, y_mask, x_group, y_group
+
+
+def check_bias(bias: float | Tensor, device: torch.device) -> Tensor:
+    """`bias`, a finite number, as a 0-dim tensor."""
+    if isinstance(bias, Tensor):
+        return _check.scalar("bias", bias, device)
+    if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+        raise TypeError(f"bias: expected a number or a torch.Tensor, got {type(bias).__name__}")
+    if not -math.inf < bias < math.inf:
+        raise ValueError(f"bias: expected a finite number, got {bias}")
+    return torch.tensor(float(bias), dtype=torch.float64)

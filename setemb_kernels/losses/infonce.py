@@ -26,9 +26,24 @@ from setemb_kernels.losses.tiles import Gradients, Sets
 
 def _forward(sets: Sets, temperature: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, dtype = sets.x, sets.dtype
-    scale = 1 / temperature.to(x.device, dtype)
     rows = x.new_full((len(x),), -math.inf, dtype=dtype)
     columns = x.new_full((len(sets.y),), -math.inf, dtype=dtype)
+    n, m, z = add_negatives(sets, 1 / temperature.to(x.device, dtype), rows, columns)
+    loss, row_weight, column_weight = costs(rows, columns, n, m, z, symmetric)
+    return loss / max(len(n), 1), torch.stack((rows, row_weight)), torch.stack((columns, column_weight))
+
+
+def _backward(
+    sets: Sets, gradients: Gradients, grad: Tensor, rows: Tensor, columns: Tensor, temperature: Tensor, symmetric: bool
+) -> list[Tensor]:
+    scale = 1 / temperature.to(sets.x.device, sets.dtype)
+    weight = grad / max(len(sets.positive_pairs()[0]), 1)
+    return [add_gradients(sets, gradients, weight, scale, rows, columns, symmetric)]
+
+
+def add_negatives(sets: Sets, scale: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the negatives of these sets to the log-sum-exp of each row and column; returns rows, columns and logits of
+    the positive pairs."""
     positives = []
     for r, c in sets.tiles():
         z = sets.similarity(r, c).mul_(scale)
@@ -38,7 +53,16 @@ def _forward(sets: Sets, temperature: Tensor, symmetric: bool) -> tuple[Tensor, 
         z.masked_fill_(positive, -math.inf)
         rows[r] = torch.logaddexp(rows[r], z.logsumexp(1))
         columns[c] = torch.logaddexp(columns[c], z.logsumexp(0))
-    n, m, z = (torch.cat(parts) for parts in zip(*positives, strict=True)) if positives else _no_pairs(x, dtype)
+    if not positives:
+        return _no_pairs(sets.x, sets.dtype)
+    n, m, z = (torch.cat(parts) for parts in zip(*positives, strict=True))
+    return n, m, z
+
+
+def costs(
+    rows: Tensor, columns: Tensor, n: Tensor, m: Tensor, z: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the positive pairs (n, m) with logits z cost together, and the weights R of rows and C of columns."""
     by_row, by_column = rows[n] - z, columns[m] - z
     # The threshold only keeps softplus from rounding early: softplus(v) = v to float64 from 40 on.
     loss = softplus(by_row, threshold=40).sum()
@@ -47,15 +71,15 @@ def _forward(sets: Sets, temperature: Tensor, symmetric: bool) -> tuple[Tensor, 
     if symmetric:
         loss = (loss + softplus(by_column, threshold=40).sum()) / 2
         column_weight.index_add_(0, m, by_column.sigmoid())
-    return loss / max(len(n), 1), torch.stack((rows, row_weight)), torch.stack((columns, column_weight))
+    return loss, row_weight, column_weight
 
 
-def _backward(
-    sets: Sets, gradients: Gradients, grad: Tensor, rows: Tensor, columns: Tensor, temperature: Tensor, symmetric: bool
-) -> list[Tensor]:
-    scale = 1 / temperature.to(sets.x.device, sets.dtype)
-    pairs = len(sets.positive_pairs()[0])
-    weight = grad * scale / (max(pairs, 1) * (2 if symmetric else 1))
+def add_gradients(
+    sets: Sets, gradients: Gradients, weight: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, symmetric: bool
+) -> Tensor:
+    """Add ``weight`` times the gradients of the sum of all pairs' costs, given log-sum-exps and weights ``[2, N]``,
+    ``[2, M]``; returns the gradient of the temperature."""
+    weight = weight * scale / (2 if symmetric else 1)
     by_scale = torch.zeros((), dtype=torch.float64, device=sets.x.device)
     for r, c in sets.tiles():
         s = sets.similarity(r, c)
@@ -72,7 +96,7 @@ def _backward(
         g *= weight
         by_scale += (g * s).sum(dtype=torch.float64)
         gradients.add_tile(r, c, g)
-    return [-by_scale * scale]
+    return -by_scale * scale
 
 
 def _no_pairs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,22 +21,30 @@ def _signed(sets: Sets, rows: slice, columns: slice) -> Tensor:
 
 
 def _forward(sets: Sets, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x = sets.x
-    scale, bias = (v.to(x.device, sets.dtype) for v in (scale, bias))
-    loss = x.new_zeros((), dtype=torch.float64)
-    for r, c in sets.tiles():
-        z = sets.similarity(r, c).mul_(scale).add_(bias).mul_(_signed(sets, r, c)).neg_()
-        loss += softplus(z, threshold=40).sum(dtype=torch.float64)
-    return (loss / max(len(x), 1)).to(sets.dtype), x.new_empty(0), x.new_empty(0)
+    loss = total(sets, scale, bias) / max(len(sets.x), 1)
+    return loss.to(sets.dtype), sets.x.new_empty(0), sets.x.new_empty(0)
 
 
 def _backward(
     sets: Sets, gradients: Gradients, grad: Tensor, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor
 ) -> list[Tensor]:
-    x = sets.x
-    scale, bias = (v.to(x.device, sets.dtype) for v in (scale, bias))
-    weight = grad / max(len(x), 1)
-    by_scale, by_bias = torch.zeros(2, dtype=torch.float64, device=x.device)
+    return add_gradients(sets, gradients, grad / max(len(sets.x), 1), scale, bias)
+
+
+def total(sets: Sets, scale: Tensor, bias: Tensor) -> Tensor:
+    """What all pairs cost together, in float64."""
+    scale, bias = (v.to(sets.x.device, sets.dtype) for v in (scale, bias))
+    loss = sets.x.new_zeros((), dtype=torch.float64)
+    for r, c in sets.tiles():
+        z = sets.similarity(r, c).mul_(scale).add_(bias).mul_(_signed(sets, r, c)).neg_()
+        loss += softplus(z, threshold=40).sum(dtype=torch.float64)
+    return loss
+
+
+def add_gradients(sets: Sets, gradients: Gradients, weight: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
+    """Add ``weight`` times the gradients of `total`; returns those of scale and bias."""
+    scale, bias = (v.to(sets.x.device, sets.dtype) for v in (scale, bias))
+    by_scale, by_bias = torch.zeros(2, dtype=torch.float64, device=sets.x.device)
     for r, c in sets.tiles():
         s, sign = sets.similarity(r, c), _signed(sets, r, c)
         by_z = (s * scale).add_(bias).mul_(sign).neg_().sigmoid_().mul_(sign).mul_(-weight)

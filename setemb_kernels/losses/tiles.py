@@ -93,6 +93,12 @@ class Gradients:
         if need_alpha:
             self.alpha += alpha
 
+    def beside(self, sets: Sets) -> Gradients:
+        """For the same x and alpha, whose sums go on, next to another y, whose own start at 0."""
+        other = Gradients(sets, False, self.needs[1], False)
+        other.needs, other.x, other.alpha = self.needs, self.x, self.alpha
+        return other
+
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """In the dtypes of x, y and alpha; one that is not needed is empty ``[0]``."""
         s, (need_x, need_y, need_alpha) = self.sets, self.needs

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,11 +63,11 @@ def _backward(
     others = torch.cat((positives.columns, winners[0][row_active], positives.columns[column_active]))
     pull = -(row_active.to(sets.dtype) + column_active)
     push = pull.new_ones(len(everyone) - len(pull))
-    _add_summed(gradients, everyone, others, torch.cat((pull, push)) * weight)
+    add_summed(gradients, everyone, others, torch.cat((pull, push)) * weight)
     return []
 
 
-def _add_summed(gradients: Gradients, rows: Tensor, columns: Tensor, by_similarity: Tensor) -> None:
+def add_summed(gradients: Gradients, rows: Tensor, columns: Tensor, by_similarity: Tensor) -> None:
     """Pairs that occur several times are visited once."""
     unique, index = torch.unique(rows * len(gradients.sets.y) + columns, return_inverse=True)
     total = by_similarity.new_zeros(len(unique)).index_add_(0, index, by_similarity)
@@ -77,17 +78,37 @@ def _add_summed(gradients: Gradients, rows: Tensor, columns: Tensor, by_similari
 
 def _hardest(sets: Sets) -> tuple[Tensor, Tensor]:
     """For each row and each column the index of its most similar negative, -1 where it has none."""
-    x = sets.x
-    best = [x.new_full((n,), -math.inf, dtype=sets.dtype) for n in (len(x), len(sets.y))]
-    index = [torch.full((n,), -1, dtype=torch.int64, device=x.device) for n in (len(x), len(sets.y))]
+    rows, columns = (Winners.of(v, sets.dtype) for v in (sets.x, sets.y))
+    add_candidates(sets, rows, columns)
+    return rows.who, columns.who
+
+
+def add_candidates(sets: Sets, rows: Winners, columns: Winners, y_start: int = 0) -> None:
+    """Compare the winners of each row and column with the negatives among these sets. In ``rows`` the first set of y
+    has the index ``y_start``."""
     for r, c in sets.tiles():
         s = sets.similarity(r, c).masked_fill_(sets.positive(r, c), -math.inf)
-        for axis, (own, other) in enumerate(((r, c), (c, r))):
-            value, where = s.max(1 - axis)
-            better = value > best[axis][own]  # of equals the first stays
-            best[axis][own] = torch.where(better, value, best[axis][own])
-            index[axis][own] = torch.where(better, where + other.start, index[axis][own])
-    return index[0], index[1]
+        for winners, own, start, axis in ((rows, r, c.start + y_start, 1), (columns, c, r.start, 0)):
+            value, index = s.max(axis)
+            winners.compare(own, value, index + start)
+
+
+class Winners(NamedTuple):
+    """The most similar negative of each set so far: how similar (-inf where there is none), and which (-1)."""
+
+    value: Tensor
+    who: Tensor
+
+    @classmethod
+    def of(cls, sets: Tensor, dtype: torch.dtype) -> Winners:
+        index = torch.full((len(sets),), -1, dtype=torch.int64, device=sets.device)
+        return cls(sets.new_full((len(sets),), -math.inf, dtype=dtype), index)
+
+    def compare(self, own: slice, value: Tensor, index: Tensor) -> None:
+        """With other candidates for these sets. Of equals the lower index stays, in whatever order they come."""
+        better = (value > self.value[own]) | ((value == self.value[own]) & (index < self.who[own]))
+        self.value[own] = torch.where(better, value, self.value[own])
+        self.who[own] = torch.where(better, index, self.who[own])
 
 
 class _Positives:
@@ -103,7 +124,7 @@ class _Positives:
     def hardest(self, row_winner: Tensor, column_winner: Tensor) -> tuple[Tensor, Tensor]:
         """The similarity of each pair's row with its winner, and of its column with its winner; -inf without."""
         sets = self.sets
-        return _with_winner(sets, row_winner, 0)[self.rows], _with_winner(sets, column_winner, 1)[self.columns]
+        return with_winner(sets, row_winner, 0)[self.rows], with_winner(sets, column_winner, 1)[self.columns]
 
     def semi_hard(self) -> list[tuple[Tensor, Tensor]]:
         """For row and column direction: the best negative below each pair's own similarity (-inf), and which."""
@@ -151,7 +172,7 @@ class _Positives:
                     yield axis, p, s[:, local].T, ~positive[:, local].T
 
 
-def _with_winner(sets: Sets, winner: Tensor, axis: int) -> Tensor:
+def with_winner(sets: Sets, winner: Tensor, axis: int) -> Tensor:
     """The similarity of each set of x (axis 0) or y with its winner, -inf where it has none."""
     out = sets.x.new_full((len(winner),), -math.inf, dtype=sets.dtype)
     (own,) = torch.nonzero(winner >= 0, as_tuple=True)
