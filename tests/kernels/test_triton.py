@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,43 @@ def _version(module: Any) -> tuple[int, int]:
 
 
 WITHOUT_GPU = not torch.cuda.is_available()
+OPS = ("slot_attention", "smooth_chamfer")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+    """A process for each op, all at once (on a GPU they would be in each other's way: there one after the other)."""
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    if WITHOUT_GPU:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    started: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+    for op in OPS:
+        cases = Path(__file__).parent / op / "triton_cases.py"
+        output = tmp_path_factory.mktemp(op) / "output"
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", str(cases)]
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=cases.parents[3]
+            )
+        started[op] = (process, output)
+        if not WITHOUT_GPU:
+            process.wait()
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.skipif(
     WITHOUT_GPU and _version(triton) < (3, 7) and _version(numpy) >= (2, 4),
     reason="no GPU, and the interpreter of Triton before 3.7 does not work with numpy 2.4 or newer",
 )
-@pytest.mark.parametrize("op", ["slot_attention", "smooth_chamfer"])
-def test_cases(op: str) -> None:
-    environment = dict(os.environ)
-    environment.pop("TRITON_INTERPRET", None)
-    if WITHOUT_GPU:
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    cases = Path(__file__).parent / op / "triton_cases.py"
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", str(cases)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cases.parents[3])
-    assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2_000:]
-    summary = run.stdout.strip().splitlines()[-1]
+@pytest.mark.parametrize("op", OPS)
+def test_cases(op: str, runs: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
+    process, file = runs[op]
+    status, output = process.wait(), file.read_text()
+    assert status == 0, output[-20_000:]
+    summary = output.strip().splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
     assert passed and int(passed[1]) > 100 and "skipped" not in summary, summary
