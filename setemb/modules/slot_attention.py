@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from setemb_kernels import slot_attention
 
@@ -195,9 +196,10 @@ class SlotAttention(nn.Module):
             mask=mask,
         )
         attention = None
+        w1, b1, w2, b2 = self.mlp.parameters()
         for i in range(self.iterations):
             updates, attention = attend(
-                self.to_q(self.norm_slots(slots)),
+                few_rows(self.to_q.weight, self.to_q.bias, self.norm_slots(slots).flatten(0, 1)).reshape(slots.shape),
                 tokens,
                 self.to_k,
                 self.to_v,
@@ -206,8 +208,9 @@ class SlotAttention(nn.Module):
                 token_eps=self.eps,
                 return_attention=return_attention and i == self.iterations - 1,
             )
-            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-            slots = slots + self.mlp(self.norm_pre_ff(slots))
+            slots = gru_cell(self.gru, updates.flatten(0, 1), slots.flatten(0, 1)).reshape(slots.shape)
+            hidden = few_rows(w1, b1, self.norm_pre_ff(slots).flatten(0, 1)).relu()
+            slots = slots + few_rows(w2, b2, hidden).reshape(slots.shape)
         return (slots, attention[:, 0]) if attention is not None else slots
 
     def _initial(self, items: int, num_slots: int, like: Tensor) -> Tensor:
@@ -216,6 +219,28 @@ class SlotAttention(nn.Module):
         mu = self.slots_mu.expand(items, num_slots, -1)
         noise = torch.randn(mu.shape, device=like.device, dtype=like.dtype)
         return mu + self.slots_logsigma.exp() * noise
+
+
+def few_rows(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """``x W^T + b`` for a few rows ``[R, features]``.
+
+    On a CPU with the weight on the left, ``(W x^T)^T``: then BLAS shares the long side of the product among threads,
+    where the usual order leaves some of them idle. What follows by element works on either layout.
+    """
+    if x.device.type != "cpu":
+        return functional.linear(x, weight, bias)
+    return (weight @ x.T).T + bias
+
+
+def gru_cell(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
+    """``cell(x, h)`` for a few rows ``[R, features]``."""
+    if x.device.type != "cpu":
+        return cell(x, h)
+    by_x, by_h = few_rows(cell.weight_ih, cell.bias_ih, x), few_rows(cell.weight_hh, cell.bias_hh, h)
+    (x_reset, x_update, x_new), (h_reset, h_update, h_new) = by_x.chunk(3, 1), by_h.chunk(3, 1)
+    reset, update = (x_reset + h_reset).sigmoid(), (x_update + h_update).sigmoid()
+    new = (x_new + reset * h_new).tanh()
+    return new + update * (h - new)
 
 
 def check_tokens(name: str, tokens: Tensor, features: int, mask: Tensor | None) -> None:
