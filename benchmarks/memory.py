@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 MIB = 1 << 20
-_M_MMAP_THRESHOLD = -3  # of glibc
 
 
 def peak_beyond_inputs_and_results(function: Callable[[], Sequence[Tensor]], device: str = "cpu") -> float:
     """MiB at the highest point of one call, less what was held before it and less the tensors it returns.
 
     On the CPU the process's resident memory (Linux): run it in a process of its own, with everything the call needs
-    (threads, libraries) touched by a small call before. Blocks above 1 MiB are mapped one by one, so that what counts
-    is what is held, not the holes that malloc keeps (by default it would keep some, whoever allocates). On a GPU
-    torch's own count.
+    (threads, libraries) touched by a small call before. The holes that malloc keeps count. On a GPU torch's own count.
     """
     if device != "cpu":
         torch.cuda.synchronize()
@@ -31,9 +28,7 @@ def peak_beyond_inputs_and_results(function: Callable[[], Sequence[Tensor]], dev
         return (torch.cuda.max_memory_allocated() - before - _size(results)) / MIB
     if not sys.platform.startswith("linux"):
         raise RuntimeError("peak memory is read from /proc: Linux only")
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, MIB)
-    libc.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     results = function()

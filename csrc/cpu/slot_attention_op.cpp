@@ -17,10 +17,13 @@ bool is_contiguous(const Tensor& t, std::initializer_list<int> order) {
   return true;
 }
 
-// [B, H, K, features] in the memory order of q: heads outermost where they are so in q, else contiguous.
+// [B, H, K, features] in the memory order of q: heads outermost where they are so in q (or one item of slots is
+// expanded over all), else contiguous.
 Tensor new_like_slots(const Tensor& q, int64_t features) {
   const int64_t B = q.size(0), H = q.size(1), K = q.size(2);
-  const bool heads_first = q.numel() != 0 && is_contiguous(q, {1, 0, 2, 3}) && !is_contiguous(q, {0, 1, 2, 3});
+  const bool expanded = B > 1 && q.stride(0) == 0 && is_contiguous(q, {1, 2, 3});
+  const bool heads_first =
+      q.numel() != 0 && (expanded || (is_contiguous(q, {1, 0, 2, 3}) && !is_contiguous(q, {0, 1, 2, 3})));
   if (!heads_first) return torch::stable::new_empty(q, {B, H, K, features});
   Tensor out = torch::stable::new_empty(q, {H, B, K, features});
   return torch::stable::transpose(out, 0, 1);

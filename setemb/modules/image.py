@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from setemb.modules.linear import Linear
+
 Pooling = Literal["max", "mean"]
 
 
@@ -15,9 +17,9 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.norm = nn.BatchNorm1d(hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, dim]`` -> ``[n, dim]``."""
@@ -58,7 +60,7 @@ class RegionEncoder(nn.Module):
             raise ValueError(f'pooling must be "max" or "mean", got {pooling!r}')
         self.dim_in, self.dim_local, self.dim_global, self.pooling = dim_in, dim, dim, pooling
         self.input_dropout = nn.Dropout(input_dropout)
-        self.fc = nn.Linear(dim_in, dim)
+        self.fc = Linear(dim_in, dim)
         self.mlp = ResidualMLP(dim, hidden or max(dim // 2, 1))
         self.dropout = nn.Dropout(dropout)
 

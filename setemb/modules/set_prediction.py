@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from setemb.modules.linear import Linear, linear_after
 from setemb.modules.slot_attention import Tokens, attend, check_tokens, read_tokens
 
 EPS = 1e-7
@@ -36,10 +37,10 @@ class SlotCrossAttention(nn.Module):
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_k = nn.Linear(dim_context, inner, bias=False)
-        self.to_v = nn.Linear(dim_context, inner, bias=False)
-        self.to_out = nn.Linear(inner, dim)
+        self.to_q = Linear(dim, inner, bias=False)
+        self.to_k = Linear(dim_context, inner, bias=False)
+        self.to_v = Linear(dim_context, inner, bias=False)
+        self.to_out = Linear(inner, dim)
 
     def read_tokens(
         self, keys: Tensor, values: Tensor, *, slots: int, iterations: int, mask: Tensor | None, absorbed: bool | None
@@ -57,10 +58,11 @@ class SlotCrossAttention(nn.Module):
             absorbed=absorbed,
         )
 
-    def forward(self, slots: Tensor, tokens: Tokens, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The update ``[B, K, dim]`` of slots ``[B or 1, K, dim]``; the attention ``[B, heads, K, T]`` if asked for."""
+    def forward(self, q: Tensor, tokens: Tokens, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The update ``[B, K, dim]`` by queries ``to_q(slots) [B or 1, K, heads x dim_head]``; the attention
+        ``[B, heads, K, T]`` if asked for."""
         gathered, attention = attend(
-            self.to_q(slots),
+            q,
             tokens,
             self.to_k,
             self.to_v,
@@ -137,11 +139,9 @@ class SetPrediction(nn.Module):
         self.norm_local = nn.LayerNorm(dim_local)
         self.attention = SlotCrossAttention(dim, dim_local, heads, dim_head)
         self.norm_feedforward = nn.LayerNorm(dim)
-        self.feedforward = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
-        )
+        self.feedforward = nn.Sequential(Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), Linear(4 * dim, dim))
         self.norm_last = nn.LayerNorm(dim)
-        self.project_global = nn.Identity() if dim_global == dim else nn.Linear(dim_global, dim)
+        self.project_global = nn.Identity() if dim_global == dim else Linear(dim_global, dim)
         self.norm_global = nn.LayerNorm(dim)
 
     def forward(
@@ -175,9 +175,11 @@ class SetPrediction(nn.Module):
         attention = None
         for i in range(self.iterations):
             last = i == self.iterations - 1
-            update, attention = self.attention(self.norm_slots(x), tokens, return_attention and last)
+            q = linear_after(self.norm_slots, x, self.attention.to_q)
+            update, attention = self.attention(q, tokens, return_attention and last)
             x = x + update
-            x = x + self.feedforward(self.norm_feedforward(x))
+            hidden = linear_after(self.norm_feedforward, x, self.feedforward[0])
+            x = x + linear_after(self.feedforward[1:-1], hidden, self.feedforward[-1])
         slots = self.norm_last(x)
         out = self.norm_global(self.project_global(global_))[:, None] + slots
         return SetOutput(functional.normalize(out, dim=-1), slots, attention)

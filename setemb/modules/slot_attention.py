@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from setemb.modules.linear import Linear, linear, linear_by_head
 from setemb_kernels import slot_attention
 
 
@@ -95,7 +95,7 @@ def attend(
         if to_k.bias is not None:
             bias = scale * torch.einsum("bkhd,hd->bhk", q, to_k.bias.unflatten(0, (heads, -1)))
             bias = bias.expand(B, -1, -1)
-        by_head = q.permute(2, 0, 1, 3).flatten(1, 2) @ to_k.weight.unflatten(0, (heads, -1))
+        by_head = linear_by_head(q.flatten(0, 1).transpose(0, 1), to_k.weight.unflatten(0, (heads, -1)).mT)
         q = by_head.unflatten(1, (items, K)).transpose(0, 1)  # [B or 1, heads, K, dim_context], heads first
     else:
         q = q.transpose(1, 2)
@@ -112,8 +112,7 @@ def attend(
     )
     update, attention = result if isinstance(result, tuple) else (result, None)
     if tokens.absorbed:
-        weight = to_v.weight.unflatten(0, (heads, -1)).transpose(1, 2)  # [heads, dim_context, dim_head]
-        by_head = update.transpose(0, 1).flatten(1, 2) @ weight
+        by_head = linear_by_head(update.transpose(0, 1).flatten(1, 2), to_v.weight.unflatten(0, (heads, -1)))
         gathered = by_head.unflatten(1, (B, K)).permute(1, 2, 0, 3).flatten(2)
         if to_v.bias is not None:
             value_bias = to_v.bias.to(gathered.dtype)
@@ -156,9 +155,9 @@ class SlotAttention(nn.Module):
         self.num_slots, self.dim, self.iterations, self.eps = num_slots, dim, iterations, eps
         self.slots_mu = nn.Parameter(torch.randn(1, 1, dim))
         self.slots_logsigma = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, dim)))
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
         self.gru = nn.GRUCell(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, dim))
+        self.mlp = nn.Sequential(Linear(dim, hidden_dim), nn.ReLU(), Linear(hidden_dim, dim))
         self.norm_input, self.norm_slots, self.norm_pre_ff = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(
@@ -196,10 +195,9 @@ class SlotAttention(nn.Module):
             mask=mask,
         )
         attention = None
-        w1, b1, w2, b2 = self.mlp.parameters()
         for i in range(self.iterations):
             updates, attention = attend(
-                few_rows(self.to_q.weight, self.to_q.bias, self.norm_slots(slots).flatten(0, 1)).reshape(slots.shape),
+                self.to_q(self.norm_slots(slots)),
                 tokens,
                 self.to_k,
                 self.to_v,
@@ -208,9 +206,8 @@ class SlotAttention(nn.Module):
                 token_eps=self.eps,
                 return_attention=return_attention and i == self.iterations - 1,
             )
-            slots = gru_cell(self.gru, updates.flatten(0, 1), slots.flatten(0, 1)).reshape(slots.shape)
-            hidden = few_rows(w1, b1, self.norm_pre_ff(slots).flatten(0, 1)).relu()
-            slots = slots + few_rows(w2, b2, hidden).reshape(slots.shape)
+            slots = gru_cell(self.gru, updates, slots)
+            slots = slots + self.mlp(self.norm_pre_ff(slots))
         return (slots, attention[:, 0]) if attention is not None else slots
 
     def _initial(self, items: int, num_slots: int, like: Tensor) -> Tensor:
@@ -221,23 +218,10 @@ class SlotAttention(nn.Module):
         return mu + self.slots_logsigma.exp() * noise
 
 
-def few_rows(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """``x W^T + b`` for a few rows ``[R, features]``.
-
-    On a CPU with the weight on the left, ``(W x^T)^T``: then BLAS shares the long side of the product among threads,
-    where the usual order leaves some of them idle. What follows by element works on either layout.
-    """
-    if x.device.type != "cpu":
-        return functional.linear(x, weight, bias)
-    return (weight @ x.T).T + bias
-
-
 def gru_cell(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
-    """``cell(x, h)`` for a few rows ``[R, features]``."""
-    if x.device.type != "cpu":
-        return cell(x, h)
-    by_x, by_h = few_rows(cell.weight_ih, cell.bias_ih, x), few_rows(cell.weight_hh, cell.bias_hh, h)
-    (x_reset, x_update, x_new), (h_reset, h_update, h_new) = by_x.chunk(3, 1), by_h.chunk(3, 1)
+    """``cell(x, h)``, with its products by `linear`."""
+    by_x, by_h = linear(x, cell.weight_ih, cell.bias_ih), linear(h, cell.weight_hh, cell.bias_hh)
+    (x_reset, x_update, x_new), (h_reset, h_update, h_new) = by_x.chunk(3, -1), by_h.chunk(3, -1)
     reset, update = (x_reset + h_reset).sigmoid(), (x_update + h_update).sigmoid()
     new = (x_new + reset * h_new).tanh()
     return new + update * (h - new)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from setemb.modules.image import RegionEncoder, pool
+from setemb.modules.linear import Linear
 from setemb.packages import model_location, require
 
 
@@ -79,7 +80,7 @@ class TransformerTextEncoder(nn.Module):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(location)
         self.model = transformers.AutoModel.from_pretrained(location).requires_grad_(not frozen)
         self.frozen = frozen
-        self.project = nn.Linear(self.model.config.hidden_size, dim)
+        self.project = Linear(self.model.config.hidden_size, dim)
         self.dropout = nn.Dropout(dropout)
         self.dim_local, self.dim_global = dim, dim
         self.train(self.training)

@@ -43,6 +43,7 @@ from torch import Tensor
 
 from setemb_kernels import _triton
 from setemb_kernels.ops.slot_attention import triton_kernels as kernels
+from setemb_kernels.ops.slot_attention.reference import empty_like_slots
 
 # --- tile sizes
 
@@ -134,7 +135,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The update ``[B, H, K, Dv]`` in the dtype of q and ``total [B, H, K]`` in float32. See `op.slot_attention`."""
     v = k if v is None else v
-    out, total = _empty_like_slots(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, total = empty_like_slots(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     if 0 in total.shape:
         return out, total
     factor = 1.0
@@ -173,7 +174,7 @@ def backward(
         )
         return grad_q, grad_k.add_(grad_v), k.new_empty(0), grad_bias
     allocate = k.new_zeros if 0 in total.shape else k.new_empty
-    grad_q = _empty_like_slots(q, q.shape[3]) if need_q else q.new_empty(0)
+    grad_q = empty_like_slots(q, q.shape[3]) if need_q else q.new_empty(0)
     grad_k, grad_v = allocate(k.shape if need_k else 0), allocate(v.shape if need_v else 0)
     grad_bias = q.new_empty(q.shape[:3] if need_bias else 0)
     need_logits = need_q or need_k or need_bias
@@ -220,13 +221,6 @@ class _Rows(NamedTuple):
         grad, delta, total, factors = (None if t is None else t[items] for t in self)
         assert grad is not None and total is not None
         return _Rows(grad, delta, total, factors)
-
-
-def _empty_like_slots(q: Tensor, features: int) -> Tensor:
-    """``[B, H, K, features]`` in the memory order of q: heads outermost where they are so in q, else contiguous."""
-    B, H, K, _ = q.shape
-    heads_first = q.transpose(0, 1).is_contiguous() and not q.is_contiguous()
-    return q.new_empty(H, B, K, features).transpose(0, 1) if heads_first else q.new_empty(B, H, K, features)
 
 
 def _parts(q: Tensor, k: Tensor, workspaces: int) -> Iterator[tuple[slice, list[Tensor]]]:

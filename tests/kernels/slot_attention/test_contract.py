@@ -58,7 +58,7 @@ def test_opcheck(shared: bool) -> None:
     torch.library.opcheck(op.default, (heads_first, k.detach(), v, None, None, 0.3, 0.0, 0.0))
     out, total = op(*(t.detach() for t in (q, k, v)), bias.detach(), MASK, 0.3, 1e-7, 1e-3)
     # differentiating the backward op raises (test_second_derivative_raises), so only schema and fake are checked
-    for first in (q, heads_first):
+    for first in (q, heads_first, q.detach()[:1].expand_as(q)):
         tensors = (normal(*out.shape, seed=9).detach(), first.detach(), k.detach(), v.detach(), bias.detach(), MASK)
         torch.library.opcheck(
             torch.ops.setemb.slot_attention_backward.default,
