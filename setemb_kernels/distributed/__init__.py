@@ -30,8 +30,9 @@ from torch.distributed import ProcessGroup
 
 from setemb_kernels import _check
 from setemb_kernels.distributed.function import compute
-from setemb_kernels.distributed.losses import HardestTriplet, InfoNCE, Sigmoid
-from setemb_kernels.losses import check_bias, check_sets
+from setemb_kernels.distributed.losses import InfoNCE, Loss, Sigmoid
+from setemb_kernels.distributed.triplets import HardestTriplet, PairsTriplet
+from setemb_kernels.losses import check_bias, check_negatives, check_sets
 
 __all__ = ["set_infonce_loss", "set_sigmoid_loss", "set_triplet_loss"]
 
@@ -46,14 +47,16 @@ def set_triplet_loss(
     x_group: Tensor | None = None,
     y_group: Tensor | None = None,
     margin: float = 0.2,
-    negatives: Literal["hardest"] = "hardest",
+    negatives: Literal["hardest", "semi-hard", "all"] = "hardest",
     group: ProcessGroup | None = None,
     timeout: float = 300.0,
 ) -> Tensor:
     """`setemb_kernels.set_triplet_loss` over the shards of all ranks.
 
     Args:
-        negatives: "hardest", among equals the one of the lowest place in the whole batch. Others are not available.
+        negatives: among equals the one of the lowest place in the whole batch. "hardest": the sets travel once forward
+            and once backward. "semi-hard" and "all" take a second round forward, and store a few numbers for each
+            positive pair of the whole batch on every rank.
         group: the ranks; None: all, or a single process where torch.distributed is not initialised.
         timeout: seconds for one exchange between two ranks, and for finding out which rank is missing if it fails.
 
@@ -64,10 +67,11 @@ def set_triplet_loss(
     """
     arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
     _check.not_negative_and_finite("margin", margin)
-    if negatives != "hardest":
-        raise ValueError(f"negatives: expected hardest, the only kind over several processes, got {negatives!r}")
+    check_negatives(negatives)
     _check.positive_and_finite("timeout", timeout)
-    return compute("set_triplet_loss", HardestTriplet(float(margin)), arguments, (), group, timeout)
+    margin = float(margin)
+    loss: Loss = HardestTriplet(margin) if negatives == "hardest" else PairsTriplet(negatives, margin)
+    return compute("set_triplet_loss", loss, arguments, (), group, timeout)
 
 
 def set_infonce_loss(

@@ -108,6 +108,10 @@ class Batch:
             for _ in parts():
                 pass
 
+    def start(self, owner: int) -> tuple[int, int]:
+        """The places in the whole batch of this rank's first set of x and of ``owner``'s first set of y."""
+        return self.x_shards[self.ring.rank].start, self.y_shards[owner].start
+
     def whole(self, own: Tensor) -> Tensor:
         """``[M]`` of all ranks from this rank's ``own [M']``."""
         return torch.cat(self.ring.gather(own, [(count,) for count in self.y_counts]))

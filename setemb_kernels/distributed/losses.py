@@ -1,4 +1,4 @@
-"""Forward and backward of each loss over a batch that is spread over ranks.
+"""Forward and backward of a loss over a batch that is spread over ranks: InfoNCE and sigmoid.
 
 In the forward the sets of y travel once round the ring and meet every rank's x; statistics of their columns travel
 behind them and come home complete. In the backward the same, with gradients of y in place of statistics. What a rank
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels.distributed.batch import Batch
-from setemb_kernels.losses import infonce, pairs, sigmoid, triplet
+from setemb_kernels.losses import infonce, sigmoid
 from setemb_kernels.losses.tiles import Gradients
 
 
@@ -98,89 +98,3 @@ class Sigmoid(NamedTuple):
 
         batch.collect_gradients(gradients, add)
         return list(by_scalars)
-
-
-class _TripletState(NamedTuple):
-    row_winner: Tensor  # [N'] index in the whole of y, -1 without
-    row_count: Tensor  # [N'] active pairs
-    columns: Tensor  # [M', 2] index in the whole of x and active pairs, as float64, which holds both exactly
-    positives: list[tuple[Tensor, Tensor, Tensor]]  # of each owner of y: row, column in its shard, active hinges
-    pairs: Tensor
-
-
-class HardestTriplet(NamedTuple):
-    """See `setemb_kernels.losses.triplet`. Winners of columns go home, with their similarities; later how many pairs
-    of a column are nearer to its winner than the margin allows, which are pulls on that winner, whoever owns it."""
-
-    margin: float
-
-    def forward(self, batch: Batch, *scalars: Tensor) -> tuple[Tensor, _TripletState]:
-        own, ring = batch.sets, batch.ring
-        x_start = batch.x_shards[ring.rank].start
-        rows = triplet.Winners.of(own.x, own.dtype)
-        row_exact = torch.full_like(rows.value, -math.inf)
-        positives: list[tuple[Tensor, Tensor, Tensor]] = [()] * ring.size  # type: ignore[list-item]
-
-        def parts() -> Iterator[tuple[int, Tensor]]:
-            for owner, sets, _ in batch.visit():
-                start = batch.y_shards[owner].start
-                columns = triplet.Winners.of(sets.y, own.dtype)
-                before = rows.who.clone()
-                triplet.add_candidates(sets, rows, columns, y_start=start)
-                (new,) = torch.nonzero(rows.who != before, as_tuple=True)
-                row_exact[new] = pairs.similarities(sets, new, rows.who[new] - start)
-                column_exact = triplet.with_winner(sets, columns.who, 1)
-                n, m = sets.positive_pairs()
-                positives[owner] = n, m, pairs.similarities(sets, n, m)
-                who = torch.where(columns.who < 0, -1, columns.who + x_start)
-                yield owner, torch.stack([v.double() for v in (columns.value, who, column_exact)], 1)
-
-        shapes = [(count, 3) for count in batch.y_counts]
-        _, column_winner, column_exact = ring.bring_home(parts(), shapes, _better).T
-        exact = batch.whole(column_exact.to(own.dtype)).split(batch.y_counts)
-        row_count, counts = torch.zeros_like(rows.value), []
-        cost = own.x.new_zeros((), dtype=own.dtype)
-        listed = []
-        for (n, m, s), columns in zip(positives, exact, strict=True):
-            by_row, by_column = self.margin + row_exact[n] - s, self.margin + columns[m] - s
-            cost = cost + by_row.clamp(min=0).sum() + by_column.clamp(min=0).sum()
-            row_active, column_active = (by_row > 0).to(own.dtype), (by_column > 0).to(own.dtype)
-            row_count.index_add_(0, n, row_active)
-            counts.append(torch.zeros_like(columns).index_add_(0, m, column_active))
-            listed.append((n, m, row_active + column_active))
-        column_count = ring.add_home(torch.cat(counts), batch.y_counts)
-        number = cost.new_tensor(sum(len(n) for n, _, _ in listed), dtype=torch.float64)
-        cost, number = ring.total(torch.stack((cost.double(), number)))
-        number = number.clamp(min=1)
-        columns = torch.stack((column_winner, column_count.double()), 1)
-        return (cost / number).to(own.dtype), _TripletState(rows.who, row_count, columns, listed, number)
-
-    def backward(
-        self, batch: Batch, gradients: Gradients, grad: Tensor, state: _TripletState, *scalars: Tensor
-    ) -> list[Tensor]:
-        weight = (grad / state.pairs).to(grad.dtype)
-        here = batch.x_shards[batch.ring.rank]
-
-        def add(owner: int, sets: Any, beside: Gradients, theirs: list[Tensor]) -> None:
-            there = batch.y_shards[owner]
-            n, m, active = state.positives[owner]
-            (rows,) = torch.nonzero(_within(state.row_winner, there), as_tuple=True)
-            column_winner, column_count = theirs[0][:, 0].long(), theirs[0][:, 1].to(weight)
-            (columns,) = torch.nonzero(_within(column_winner, here), as_tuple=True)
-            everyone = torch.cat((n, rows, column_winner[columns] - here.start))
-            others = torch.cat((m, state.row_winner[rows] - there.start, columns))
-            times = torch.cat((-active, state.row_count[rows], column_count[columns]))
-            triplet.add_summed(beside, everyone, others, times * weight)
-
-        batch.collect_gradients(gradients, add, [state.columns])
-        return []
-
-
-def _better(one: Tensor, other: Tensor) -> Tensor:
-    """Of two candidates ``[m, (similarity in the tile, index, similarity of the pair)]`` the nearer, then lower one."""
-    first = (one[:, 0] > other[:, 0]) | ((one[:, 0] == other[:, 0]) & (one[:, 1] < other[:, 1]))
-    return torch.where(first[:, None], one, other)
-
-
-def _within(index: Tensor, shard: tuple[int, int]) -> Tensor:
-    return (index >= shard[0]) & (index < shard[1])

@@ -60,8 +60,7 @@ def set_triplet_loss(
     """
     arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
     _check.not_negative_and_finite("margin", margin)
-    if negatives not in triplet.KINDS:
-        raise ValueError(f"negatives: expected one of {', '.join(triplet.KINDS)}, got {negatives!r}")
+    check_negatives(negatives)
     loss: Tensor = triplet.OP(*arguments, float(margin), negatives)[0]
     return loss
 
@@ -154,6 +153,12 @@ def check_sets(
         missing = "x_group" if x_group is None else "y_group"
         raise ValueError(f"{missing}: expected ids as for the other side, got None")
     return x, y, _check.sharpness("alpha", alpha, x.device), x_mask, y_mask, x_group, y_group
+
+
+def check_negatives(kind: str) -> None:
+    """The name of a kind of negatives of a triplet loss."""
+    if kind not in triplet.KINDS:
+        raise ValueError(f"negatives: expected one of {', '.join(triplet.KINDS)}, got {kind!r}")
 
 
 def check_bias(bias: float | Tensor, device: torch.device) -> Tensor:

@@ -61,12 +61,7 @@ class Sets(NamedTuple):
             torch.arange(len(sets), device=device) if group is None else group
             for group, sets in ((self.x_group, self.x), (self.y_group, self.y))
         )
-        ordered, order = torch.sort(y, stable=True)
-        first, last = torch.searchsorted(ordered, x), torch.searchsorted(ordered, x, right=True)
-        counts = last - first
-        rows = torch.repeat_interleave(torch.arange(len(x), device=device), counts)
-        offset = torch.arange(len(rows), device=device) - (counts.cumsum(0) - counts)[rows]
-        return rows, order[first[rows] + offset]
+        return positive_pairs(x, y)
 
 
 class Gradients:
@@ -107,6 +102,16 @@ class Gradients:
             self.y.to(s.y.dtype) if need_y else self.y,
             self.alpha.to(s.alpha.dtype) if need_alpha else s.alpha.new_empty(0),
         )
+
+
+def positive_pairs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of all pairs of equal ids, by row, then by column."""
+    ordered, order = torch.sort(y, stable=True)
+    first, last = torch.searchsorted(ordered, x), torch.searchsorted(ordered, x, right=True)
+    counts = last - first
+    rows = torch.repeat_interleave(torch.arange(len(x), device=x.device), counts)
+    offset = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
+    return rows, order[first[rows] + offset]
 
 
 def _pieces(count: int) -> Iterator[slice]:

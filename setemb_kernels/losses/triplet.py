@@ -15,7 +15,7 @@ visits winners and positives only. The other two make the similarities again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,34 +31,41 @@ _CHUNK = 1024
 
 
 def _forward(sets: Sets, margin: float, negatives: str) -> tuple[Tensor, Tensor, Tensor]:
-    positives = _Positives(sets)
+    positives = Positives.of(sets)
     rows, columns = positives.rows.new_empty(0), positives.rows.new_empty(0)
-    costs: Iterable[Tensor]
+    cost = sets.x.new_zeros((), dtype=sets.dtype)
     if negatives == "hardest":
         rows, columns = _hardest(sets)
-        costs = (margin + hardest - positives.s for hardest in positives.hardest(rows, columns))
+        for nearest in _nearest(positives, sets, rows, columns):
+            cost += positives.hinges(margin, nearest).sum()
     elif negatives == "semi-hard":
-        costs = (margin + best - positives.s for best, _ in positives.semi_hard())
+        best = positives.no_winners()
+        positives.add_semi_hard(best, sets)
+        for winners in best:
+            cost += positives.hinges(margin, winners.value).sum()
     else:
-        costs = positives.mean_violations(margin)
-    loss = sum((cost.clamp(min=0).sum() for cost in costs), sets.x.new_zeros((), dtype=sets.dtype))
-    return loss / max(len(positives.s), 1), rows, columns
+        positives.add_mean_violations(cost, None, sets, margin)
+    return cost / max(len(positives.s), 1), rows, columns
 
 
 def _backward(
     sets: Sets, gradients: Gradients, grad: Tensor, rows: Tensor, columns: Tensor, margin: float, negatives: str
 ) -> list[Tensor]:
-    positives = _Positives(sets)
+    positives = Positives.of(sets)
     weight = grad / max(len(positives.s), 1)
     if negatives == "all":
-        _add_all(positives, gradients, weight, margin)
+        pull = torch.zeros_like(positives.s)
+        positives.push_violations(gradients, pull, sets, margin, weight)
+        pairs.add_gradients(gradients, positives.rows, positives.columns, pull)
         return []
     if negatives == "hardest":
-        values = positives.hardest(rows, columns)
+        values = _nearest(positives, sets, rows, columns)
         winners = rows[positives.rows], columns[positives.columns]
     else:
-        values, winners = zip(*positives.semi_hard(), strict=True)
-    row_active, column_active = (margin + value - positives.s > 0 for value in values)
+        best = positives.no_winners()
+        positives.add_semi_hard(best, sets)
+        values, winners = zip(*best, strict=True)
+    row_active, column_active = (positives.hinges(margin, value) > 0 for value in values)
     everyone = torch.cat((positives.rows, positives.rows[row_active], winners[1][column_active]))
     others = torch.cat((positives.columns, winners[0][row_active], positives.columns[column_active]))
     pull = -(row_active.to(sets.dtype) + column_active)
@@ -104,72 +111,110 @@ class Winners(NamedTuple):
         index = torch.full((len(sets),), -1, dtype=torch.int64, device=sets.device)
         return cls(sets.new_full((len(sets),), -math.inf, dtype=dtype), index)
 
-    def compare(self, own: slice, value: Tensor, index: Tensor) -> None:
+    def compare(self, own: slice | Tensor, value: Tensor, index: Tensor) -> None:
         """With other candidates for these sets. Of equals the lower index stays, in whatever order they come."""
         better = (value > self.value[own]) | ((value == self.value[own]) & (index < self.who[own]))
         self.value[own] = torch.where(better, value, self.value[own])
         self.who[own] = torch.where(better, index, self.who[own])
 
 
-class _Positives:
-    """The positive pairs, by row, then by column, and their similarities."""
+class Positives:
+    """The positive pairs, by row, then by column, with their similarities ``s``.
 
-    def __init__(self, sets: Sets) -> None:
-        self.sets = sets
-        self.rows, self.columns = sets.positive_pairs()
-        self.s = pairs.similarities(sets, self.rows, self.columns)
-        self.by_row = torch.arange(len(self.rows), device=self.rows.device)
-        self.by_column = torch.argsort(self.columns, stable=True)
+    Rows and columns are places in the whole batch, whose sizes are ``counts``. It may come in parts: methods that take
+    sets compare all pairs with those, the first of which have the places ``start``.
+    """
 
-    def hardest(self, row_winner: Tensor, column_winner: Tensor) -> tuple[Tensor, Tensor]:
-        """The similarity of each pair's row with its winner, and of its column with its winner; -inf without."""
-        sets = self.sets
-        return with_winner(sets, row_winner, 0)[self.rows], with_winner(sets, column_winner, 1)[self.columns]
+    def __init__(self, rows: Tensor, columns: Tensor, s: Tensor, counts: tuple[int, int]) -> None:
+        self.rows, self.columns, self.s, self.counts = rows, columns, s, counts
+        self._order = torch.arange(len(rows), device=rows.device), torch.argsort(columns, stable=True)
 
-    def semi_hard(self) -> list[tuple[Tensor, Tensor]]:
-        """For row and column direction: the best negative below each pair's own similarity (-inf), and which."""
-        best = [torch.full_like(self.s, -math.inf) for _ in range(2)]
-        index = [torch.zeros_like(self.rows) for _ in range(2)]
-        for axis, p, other, s, negative in self.compared():
-            value, where = s.masked_fill(~negative | (s >= self.s[p, None]), -math.inf).max(1)
-            better = value > best[axis][p]
-            best[axis][p] = torch.where(better, value, best[axis][p])
-            index[axis][p] = torch.where(better, where + other.start, index[axis][p])
-        return list(zip(best, index, strict=True))
+    @classmethod
+    def of(cls, sets: Sets) -> Positives:
+        rows, columns = sets.positive_pairs()
+        return cls(rows, columns, pairs.similarities(sets, rows, columns), (len(sets.x), len(sets.y)))
 
-    def mean_violations(self, margin: float) -> list[Tensor]:
-        """For row and column direction: the mean over the negatives of [margin + s' - s]_+ of each pair."""
-        total = [torch.zeros_like(self.s) for _ in range(2)]
-        for axis, p, _, s, negative in self.compared():
-            total[axis][p] += (margin + s - self.s[p, None]).clamp_(min=0).mul_(negative).sum(1)
-        return [t / n for t, n in zip(total, self.negatives(), strict=True)]
+    def hinges(self, margin: float, nearest: Tensor) -> Tensor:
+        """``[P]``: by how much a negative, given its similarity, is nearer than the margin allows."""
+        return (margin + nearest - self.s).clamp_(min=0)
 
-    def negatives(self) -> tuple[Tensor, Tensor]:
-        """How many negatives each pair has in its row, in its column; at least 1."""
-        sets = self.sets
-        x, y = (torch.bincount(v, minlength=n) for v, n in ((self.rows, len(sets.x)), (self.columns, len(sets.y))))
-        return (len(sets.y) - x).clamp(min=1)[self.rows], (len(sets.x) - y).clamp(min=1)[self.columns]
+    def no_winners(self) -> tuple[Winners, Winners]:
+        """For the row and for the column of each pair."""
+        return Winners.of(self.s, self.s.dtype), Winners.of(self.s, self.s.dtype)
 
-    def compared(self) -> Iterator[tuple[int, Tensor, slice, Tensor, Tensor]]:
-        """`compared_in` for all tiles, with the slice of the other sets."""
-        for r, c in self.sets.tiles():
-            for axis, p, s, negative in self.compared_in(r, c):
-                yield axis, p, (c, r)[axis], s, negative
+    def add_semi_hard(self, best: Sequence[Winners], sets: Sets, start: tuple[int, int] = (0, 0)) -> None:
+        """Let the negatives less similar than a pair itself compete, for its row and for its column."""
+        for one in self._compared(sets, start):
+            p = one.pairs
+            value, index = one.s.masked_fill(~one.negative | (one.s >= self.s[p, None]), -math.inf).max(1)
+            best[one.axis].compare(p, value, index + one.others)
 
-    def compared_in(self, r: slice, c: slice) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Positive pairs with all members of a tile: the direction (0 row, 1 column), indices p of pairs ``[P']``, the
-        similarities of their row or column ``[P', others]``, and which of them are negatives."""
-        s, positive = self.sets.similarity(r, c), self.sets.positive(r, c)
-        for axis, (own, keys) in enumerate(((r, self.rows), (c, self.columns))):
-            order = self.by_row if axis == 0 else self.by_column
-            first, last = torch.searchsorted(keys[order], keys.new_tensor([own.start, own.stop])).tolist()
-            for start in range(first, last, _CHUNK):
-                p = order[start : min(start + _CHUNK, last)]
-                local = keys[p] - own.start
-                if axis == 0:
-                    yield axis, p, s[local], ~positive[local]
-                else:
-                    yield axis, p, s[:, local].T, ~positive[:, local].T
+    def add_mean_violations(
+        self, cost: Tensor, pull: Tensor | None, sets: Sets, margin: float, start: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Add to ``cost`` the mean of [margin + s' - s]_+ over the negatives of a pair's row, and over those of its
+        column; and to ``pull [P]``, unless None, the gradient of that for s."""
+        each = self._one_over_negatives()
+        for one in self._compared(sets, start):
+            p = one.pairs
+            violation = (margin + one.s - self.s[p, None]).clamp_(min=0).mul_(one.negative)
+            cost += (violation.sum(1) * each[one.axis][p]).sum()
+            if pull is not None:
+                pull[p] -= (violation > 0).sum(1) * each[one.axis][p]
+
+    def push_violations(
+        self,
+        gradients: Gradients,
+        pull: Tensor | None,
+        sets: Sets,
+        margin: float,
+        weight: Tensor,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Add ``weight`` times the gradients of those means: for the negatives, and to ``pull`` for s."""
+        each = [weight * n for n in self._one_over_negatives()]
+        for r, c in sets.tiles():
+            g = sets.x.new_zeros(r.stop - r.start, c.stop - c.start, dtype=sets.dtype)
+            for one in self._compared_in(sets, r, c, start):
+                p = one.pairs
+                share = ((margin + one.s - self.s[p, None] > 0) & one.negative) * each[one.axis][p, None]
+                (g if one.axis == 0 else g.T).index_add_(0, one.own, share)
+                if pull is not None:
+                    pull[p] -= share.sum(1)
+            gradients.add_tile(r, c, g)
+
+    def _one_over_negatives(self) -> tuple[Tensor, Tensor]:
+        """``[P]``: of how many negatives each pair has in its row, in its column."""
+        x, y = (torch.bincount(v, minlength=n) for v, n in zip((self.rows, self.columns), self.counts, strict=True))
+        in_row, in_column = (self.counts[1] - x)[self.rows], (self.counts[0] - y)[self.columns]
+        return 1 / in_row.clamp(min=1).to(self.s), 1 / in_column.clamp(min=1).to(self.s)
+
+    def _compared(self, sets: Sets, start: tuple[int, int]) -> Iterator[_Compared]:
+        for r, c in sets.tiles():
+            yield from self._compared_in(sets, r, c, start)
+
+    def _compared_in(self, sets: Sets, r: slice, c: slice, start: tuple[int, int]) -> Iterator[_Compared]:
+        """The pairs whose row, then those whose column, is in a tile."""
+        s, positive = sets.similarity(r, c), sets.positive(r, c)
+        for axis, (own, others, keys) in enumerate(((r, c, self.rows), (c, r, self.columns))):
+            order, place = self._order[axis], own.start + start[axis]
+            first, last = torch.searchsorted(keys[order], keys.new_tensor([place, own.stop + start[axis]])).tolist()
+            for begin in range(first, last, _CHUNK):
+                p = order[begin : min(begin + _CHUNK, last)]
+                local = keys[p] - place
+                theirs, is_positive = (s[local], positive[local]) if axis == 0 else (s.T[local], positive.T[local])
+                yield _Compared(axis, p, local, others.start + start[1 - axis], theirs, ~is_positive)
+
+
+class _Compared(NamedTuple):
+    """Some positive pairs next to the other sets of a tile."""
+
+    axis: int  # 0: their rows with the columns of the tile; 1: their columns with its rows
+    pairs: Tensor  # [P'] which
+    own: Tensor  # [P'] their row or column in the tile
+    others: int  # the place in the batch of the first of the other sets
+    s: Tensor  # [P', others]
+    negative: Tensor  # [P', others]
 
 
 def with_winner(sets: Sets, winner: Tensor, axis: int) -> Tensor:
@@ -181,20 +226,12 @@ def with_winner(sets: Sets, winner: Tensor, axis: int) -> Tensor:
     return out
 
 
-def _add_all(positives: _Positives, gradients: Gradients, weight: Tensor, margin: float) -> None:
-    """Each violated negative is pushed away, and the pair pulled together as much."""
-    sets = positives.sets
-    each = [weight / n for n in positives.negatives()]
-    pull = torch.zeros_like(positives.s)
-    for r, c in sets.tiles():
-        g = sets.x.new_zeros(r.stop - r.start, c.stop - c.start, dtype=sets.dtype)
-        for axis, p, s, negative in positives.compared_in(r, c):
-            share = ((margin + s - positives.s[p, None] > 0) & negative) * each[axis][p, None]
-            pull[p] -= share.sum(1)
-            own = (positives.rows if axis == 0 else positives.columns)[p] - (r, c)[axis].start
-            (g if axis == 0 else g.T).index_add_(0, own, share)
-        gradients.add_tile(r, c, g)
-    pairs.add_gradients(gradients, positives.rows, positives.columns, pull)
+def _nearest(positives: Positives, sets: Sets, row_winner: Tensor, column_winner: Tensor) -> tuple[Tensor, Tensor]:
+    """The similarity of each pair's row with its winner, and of its column with its winner; -inf without."""
+    return (
+        with_winner(sets, row_winner, 0)[positives.rows],
+        with_winner(sets, column_winner, 1)[positives.columns],
+    )
 
 
 def _fake_state(sets: Sets, margin: float, negatives: str) -> tuple[Tensor, Tensor]:
