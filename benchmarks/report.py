@@ -48,8 +48,8 @@ def _table(content: dict[str, Any]) -> str:
         f"**{content['device']}**, torch {content['versions']['torch']}{cuda}, {content['date']}"
         f" ([all numbers](benchmarks/results/{content['file']}))",
         "",
-        "| | beside, ms | ours, ms | ours / beside | eager / ours | compiled / ours |",
-        "|---|---|---|---|---|---|",
+        "| | beside, ms | ours, ms | ours / beside | eager / ours | compiled / ours | oneDNN product / ours |",
+        "|---|---|---|---|---|---|---|",
     ]
     memory = []
     for row in content["rows"]:
@@ -61,7 +61,10 @@ def _table(content: dict[str, Any]) -> str:
             memory.append(f"| {row['op']} {row['name']} | {row['memory_mib']:.0f} MiB |")
             continue
         ms = row["milliseconds"]
-        peers = [f"{ms[p] / ms['ours']:.1f}" if p in ms else "" for p in ("eager", "compiled")]
+        peers = [
+            f"{ms[p] / ms['ours']:.{digits}f}" if p in ms else ""
+            for p, digits in (("eager", 1), ("compiled", 1), ("onednn", 2))
+        ]
         cells = [f"{row['op']} {row['name']}", f"{ms['floor']:.1f} ({row['floor']})", f"{ms['ours']:.1f}"]
         cells.append(f"{row['ratio']:.2f}")
         lines.append(f"| {' | '.join(cells + peers)} |")

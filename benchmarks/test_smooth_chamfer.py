@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import ROWS, Function, Row, measure
 from benchmarks.peers import eager_similarity
+from setemb.modules.linear import linear
 from setemb_kernels import smooth_chamfer
 
 ALPHA = 16.0
@@ -38,14 +39,17 @@ def forward_row(
     x_flat, y_flat = x.flatten(0, 1), y.flatten(0, 1)
     row = Row("smooth_chamfer", f"forward {n}x{n} K{K} L{L} D{D} {_name(dtype)} {device}", limit, "product")
     compiled = torch.compile(eager_similarity, dynamic=False)
+    peers = _fitting(
+        {"eager": lambda: eager_similarity(x, y), "compiled": lambda: compiled(x, y)}, n * n * K * L, device
+    )
+    if dtype == F32 and device == "cpu":  # torch's product is MKL's, which is not the fastest on every processor
+        peers["onednn"] = lambda: linear(x_flat, y_flat)
     return measure(
         benchmark,
         row,
         ours=lambda: smooth_chamfer(x, y, alpha=ALPHA),
         floor=lambda: x_flat @ y_flat.T,
-        peers=_fitting(
-            {"eager": lambda: eager_similarity(x, y), "compiled": lambda: compiled(x, y)}, n * n * K * L, device
-        ),
+        peers=peers,
         operations=2.0 * n * n * K * L * D,
         device=device,
         rounds=9 if device == "cpu" else 30,

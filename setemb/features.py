@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from setemb.files import replaced_folder
@@ -284,13 +285,19 @@ class ArrayCache:
     def load_or_make(self, key: Any, make: Callable[[Path], None]) -> dict[str, np.ndarray]:
         if not self._fits(key):
             self._refuse_other_folders()
-            with replaced_folder(self.folder) as beside:
-                make(beside)
-                sizes = {path.name: path.stat().st_size for path in sorted(beside.glob("*.npy"))}
-                manifest = {"format": self.format, "key": key, "bytes": sizes}
-                (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder.with_name(f".{self.folder.name}.lock")):  # of processes that want the same, one
+                if not self._fits(key):
+                    self._make(key, make)
         names = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["bytes"]
         return {Path(name).stem: np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in names}
+
+    def _make(self, key: Any, make: Callable[[Path], None]) -> None:
+        with replaced_folder(self.folder) as beside:
+            make(beside)
+            sizes = {path.name: path.stat().st_size for path in sorted(beside.glob("*.npy"))}
+            manifest = {"format": self.format, "key": key, "bytes": sizes}
+            (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def _refuse_other_folders(self) -> None:
         names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()

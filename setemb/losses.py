@@ -10,10 +10,14 @@ Sources: Kim, Kim, Kwak, CVPR 2023, section 3.4; InfoNCE: van den Oord et al. 20
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from setemb_kernels.distributed.ring import Ring
 
 
 def hardest_triplet_loss(sim: Tensor, image_ids: Tensor, margin: float = 0.2, hardest_fraction: float = 1.0) -> Tensor:
@@ -95,29 +99,78 @@ def diversity_loss(slots: Tensor) -> Tensor:
     return torch.exp(-2 * (e[:, i] - e[:, j]).square().sum(-1)).mean()
 
 
-def mmd_loss(x: Tensor, y: Tensor, gamma: float = 0.5) -> Tensor:
+def mmd_loss(x: Tensor, y: Tensor, gamma: float = 0.5, *, distributed: bool = False) -> Tensor:
     """Squared maximum mean discrepancy of two clouds of vectors.
 
     With the kernel ``k = exp(-gamma |x - y|)`` (the distance is not squared):
-    ``mean k(x, x) + mean k(y, y) - 2 mean k(x, y)``, a vector with itself included.
+    ``mean k(x, x) + mean k(y, y) - 2 mean k(x, y)``, a vector with itself included. Made a tile at a time: its memory
+    does not grow with the square of the batch.
 
     Args:
         x: ``[..., D]``, flattened to ``[n, D]``.
         y: ``[..., D]``, flattened to ``[m, D]``.
+        distributed: x and y are shards of clouds that are spread over the default process group. All ranks get the
+            value for the whole clouds, and the gradients of that for their own shards.
     """
     if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
         raise ValueError(f"x and y must have shapes [..., D] of one D, got {list(x.shape)} and {list(y.shape)}")
     x, y = _at_least_float32(x).flatten(0, -2), _at_least_float32(y).flatten(0, -2)
+    ring = Ring("mmd_loss", None, _TIMEOUT, x.device, alone=not distributed)
+    value: Tensor = _Discrepancy.apply(torch.cat((x, y)), len(x), gamma, ring)
+    return value
 
-    def kernel(a: Tensor, b: Tensor, same: bool) -> Tensor:
-        square = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
-        if same:
-            square = square.fill_diagonal_(0)
-        # The gradient of sqrt at 0 is infinite; that of a vector's distance to itself is 0.
-        apart = square > 1e-12
-        return torch.exp(-gamma * torch.where(apart, square, 1).sqrt() * apart)
 
-    return kernel(x, x, True).mean() + kernel(y, y, True).mean() - 2 * kernel(x, y, False).mean()
+_TIMEOUT = 300.0
+_TILE = 1024
+
+
+class _Discrepancy(torch.autograd.Function):
+    """``sum_ij w_i w_j k(z_i, z_j)`` over both clouds, z, with weights w of 1 / n for x and -1 / m for y.
+
+    Its gradient for z_i is ``-2 gamma w_i sum_j w_j (z_i - z_j) k(z_i, z_j) / |z_i - z_j|``, made in the same pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, n: int, gamma: float, ring: Ring) -> Tensor:
+        features = z.shape[1]
+        own = torch.tensor([n, len(z) - n], device=z.device)
+        counts = torch.stack(ring.gather(own, [(2,)] * ring.size)).tolist()
+        totals = [sum(column) for column in zip(*counts, strict=True)]
+
+        def weights(rank: int) -> Tensor:
+            x, y = counts[rank]
+            return torch.cat((z.new_full((x,), 1 / max(totals[0], 1)), z.new_full((y,), -1 / max(totals[1], 1))))
+
+        w = weights(ring.rank)
+        value = torch.zeros((), dtype=torch.float64, device=z.device)
+        gradient = torch.zeros_like(z)
+        for owner, block in ring.blocks(z.flatten(), [sum(c) * features for c in counts]):
+            others, v = block.view(-1, features), weights(owner)
+            for i in _pieces(len(z)):
+                for j in _pieces(len(others)):
+                    a, b = z[i], others[j]
+                    square = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+                    # The gradient of a vector's distance to itself is 0, not that of sqrt at 0.
+                    apart = square > 1e-12
+                    if owner == ring.rank and i == j:
+                        apart.fill_diagonal_(False)
+                    distance = torch.where(apart, square, 1).sqrt_()
+                    kernel = torch.exp(-gamma * distance * apart)
+                    value += w[i].double() @ (kernel @ v[j]).double()
+                    slope = kernel.div_(distance).mul_(apart).mul_(v[j])
+                    gradient[i] += slope.sum(1)[:, None] * a - slope @ b
+        ctx.save_for_backward(gradient.mul_((-2 * gamma * w)[:, None]))
+        return ring.total(value).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None, None, None
+
+
+def _pieces(count: int) -> list[slice]:
+    return [slice(start, min(start + _TILE, count)) for start in range(0, count, _TILE)]
 
 
 def positive_pairs(sim: Tensor, image_ids: Tensor) -> Tensor:

@@ -19,13 +19,16 @@ import csv
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+import setemb_kernels
+import setemb_kernels.distributed
 
 try:
     import lightning.pytorch as pl
@@ -45,7 +48,8 @@ from setemb.evaluation import RecallReport, evaluate_retrieval
 from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import TransformerTextEncoder
-from setemb_kernels import set_infonce_loss, set_triplet_loss
+from setemb.processes import first, gathered_by_first, launched, place
+from setemb_kernels.distributed.ring import Ring
 
 # Its remarks on devices and services are of no use here; its warnings stay.
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -61,7 +65,8 @@ class RetrievalModule(pl.LightningModule):
         self._dev: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed((self.config.trainer.seed << 32) + self.global_step)
+        rank = place()[0] << 24  # each process drops other units
+        torch.manual_seed((self.config.trainer.seed + rank << 32) + self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         model, size = self.model, self.config.trainer.accumulate_embeddings
@@ -71,26 +76,34 @@ class RetrievalModule(pl.LightningModule):
         parts = {"main": retrieval_loss(model, images.embeddings, texts.embeddings, batch, self.config.loss, epochs)}
         loss = parts["main"]
         if self.config.loss.diversity > 0:
-            parts["diversity"] = diversity_loss(images.slots) + diversity_loss(texts.slots)
+            parts["diversity"] = mean_over_processes(diversity_loss, images.slots, texts.slots)
             loss = loss + self.config.loss.diversity * parts["diversity"]
         if self.config.loss.mmd > 0:
-            parts["mmd"] = mmd_loss(images.embeddings, texts.embeddings)
+            parts["mmd"] = mmd_loss(images.embeddings, texts.embeddings, distributed=True)
             loss = loss + self.config.loss.mmd * parts["mmd"]
         self.log("loss", loss.detach(), prog_bar=True)
         self.log_dict({f"loss/{name}": value.detach() for name, value in parts.items()})
-        return loss
+        # Each process has its part of one gradient: they are to be added, and are averaged.
+        return loss * self.trainer.world_size
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, texts = self.model.encode_image(batch), self.model.encode_text(batch)
         self._dev.append((images.embeddings, texts.embeddings, batch["image_group"], batch["caption_group"]))
 
     def on_validation_epoch_end(self) -> None:
-        report = evaluate_sets(self.model, self._dev)
+        several = self.trainer.world_size > 1
+
+        def evaluate(shares: list[list[tuple[Tensor, ...]]]) -> RecallReport:
+            parts = [tuple(t.to(self.device) for t in part) for share in shares for part in share]
+            return evaluate_sets(self.model, cast(Any, parts))
+
+        own = [tuple(t.cpu() for t in part) for part in self._dev] if several else self._dev
+        report = gathered_by_first(own, cast(Any, evaluate))
         self._dev.clear()
-        self.log("dev/rsum", report.rsum, prog_bar=True)
+        self.log("dev/rsum", report.rsum, prog_bar=True, sync_dist=several)  # the same in all
         for way in ("image_to_text", "text_to_image"):
             for name, value in asdict(getattr(report, way)).items():
-                self.log(f"dev/{way}/{name}", value)
+                self.log(f"dev/{way}/{name}", value, sync_dist=several)
 
     def configure_optimizers(self) -> Any:
         config, model = self.config.optimizer, self.model
@@ -127,12 +140,19 @@ def retrieval_loss(
     """The main loss of a step over sets ``[B, K, D]`` and ``[C, K, D]``.
 
     Smooth-Chamfer similarities are never stored (`setemb_kernels.losses`), where groups say what belongs together.
-    Those of other kinds are, and so are they where the batch lists its positive pairs: bool ``[B, C]``, "positive".
+    Those of other kinds are, and so are they where the batch lists its positive pairs: bool ``[B, C]``, "positive";
+    not on several processes, then.
     """
     # mean of violations for the warm-up, then linearly to the hardest negative in as many epochs again
     ramp = 1.0 if config.warmup_epochs <= 0 else min(max(epochs_done / config.warmup_epochs - 1, 0.0), 1.0)
     hardest = config.hardest_fraction * ramp
+    several = place()[1] > 1
     if model.config.similarity != "smooth_chamfer" or "positive" in batch:
+        if several:
+            raise ValueError(
+                "training on several processes takes model.similarity=smooth_chamfer and data whose groups say what "
+                f"belongs together, got {model.config.similarity}" + (' and "positive"' if "positive" in batch else "")
+            )
         positive = batch.get("positive")
         if positive is None:
             positive = batch["image_group"][:, None] == batch["caption_group"]
@@ -143,14 +163,31 @@ def retrieval_loss(
     options: dict[str, Any] = {"x_group": batch["image_group"], "y_group": batch["caption_group"]}
     options["alpha"] = model.config.alpha
     with torch.autocast(images.device.type, enabled=False):  # a margin needs more digits than bfloat16 has
+        losses: Any = setemb_kernels.distributed if several else setemb_kernels
         if config.kind == "info_nce":
-            return set_infonce_loss(images, texts, temperature=config.temperature, **options)
+            return cast(Tensor, losses.set_infonce_loss(images, texts, temperature=config.temperature, **options))
         loss = images.new_zeros(())
         for share, negatives in ((hardest, "hardest"), (1 - hardest, "all")):
             if share > 0:
-                part = set_triplet_loss(images, texts, margin=config.margin, negatives=cast(Any, negatives), **options)
+                part = losses.set_triplet_loss(images, texts, margin=config.margin, negatives=negatives, **options)
                 loss = loss + share * part
         return loss
+
+
+def mean_over_processes(loss: Callable[[Tensor], Tensor], *shares: Tensor) -> Tensor:
+    """The sum of ``loss``, a mean over items, of each of several batches that are spread over processes.
+
+    All get its value; the gradients are those for their own shares.
+    """
+    total = shares[0].new_zeros(())
+    for own in shares:
+        ring = Ring("mean_over_processes", None, 300.0, own.device)
+        part = loss(own)
+        counted = torch.stack((part.detach() * len(own), part.new_tensor(float(len(own)))))
+        whole, count = ring.total(counted)
+        part = part * (len(own) / count)
+        total = total + part + (whole / count - part.detach())
+    return total
 
 
 def cosine_with_warmup(step: int, total: int, warmup: int) -> float:
@@ -273,9 +310,14 @@ def fit(
         raise FileNotFoundError(f"nothing to resume: no {last}")
     if not resume and last.exists():
         raise FileExistsError(f"{folder} holds a run already: resume it, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    processes, here = launched()
+    smallest = min(data.batch_size, len(data.train if data.dev is None else data.dev))
+    if processes > smallest:
+        raise ValueError(f"{processes} processes need as many images in a batch and in the dev set, got {smallest}")
     config.model = model.config
-    write_file(folder / "config.yaml", to_yaml(config).encode())
+    if first():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.yaml", to_yaml(config).encode())
     start = load_checkpoint(last)["global_step"] if resume else 0
     settings = config.trainer
     best = BestCheckpoint(folder) if data.dev is not None else None
@@ -285,7 +327,10 @@ def fit(
     callbacks += [ProgressBar()] if settings.progress else []
     trainer = pl.Trainer(
         accelerator=settings.accelerator,
-        devices=1,
+        devices=here,
+        num_nodes=processes // here,
+        strategy="auto" if processes == 1 else "ddp",
+        sync_batchnorm=processes > 1 and settings.accelerator != "cpu" and torch.cuda.is_available(),
         precision=cast(Any, settings.precision),
         max_epochs=settings.epochs,
         gradient_clip_val=settings.gradient_clip or None,
@@ -310,7 +355,8 @@ def fit(
         warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
         trainer.fit(RetrievalModule(config, model, data.steps_per_epoch), data, ckpt_path=last if resume else None)
     chosen = folder / "best.safetensors"
-    load_model(chosen if chosen.is_file() else last).save_pretrained(folder / "model")
+    if first():
+        load_model(chosen if chosen.is_file() else last).save_pretrained(folder / "model")
     return folder / "model"
 
 

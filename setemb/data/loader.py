@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from setemb.processes import place, share
+
 try:
     from lightning.pytorch import LightningDataModule
 except ImportError as error:
@@ -40,6 +42,8 @@ class RetrievalData(Protocol):
 class StepBatches:
     """A sampler of ``(step, indices)``: an epoch is a permutation of the images, the last incomplete batch left out.
 
+    Of several processes (`setemb.processes`) each gets its share of every batch.
+
     Args:
         n: number of images.
         batch_size: images a batch.
@@ -61,20 +65,21 @@ class StepBatches:
     def _from(self, step: int) -> Iterator[tuple[int, list[int]]]:
         epoch, first = divmod(step, len(self))
         order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        own = share(self.batch_size, *place())
         for i in range(first, len(self)):
-            yield epoch * len(self) + i, order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+            yield epoch * len(self) + i, order[i * self.batch_size : (i + 1) * self.batch_size][own].tolist()
 
 
 class _Batches(Dataset[dict[str, Tensor]]):
     """Makes the batch that a sampler asks for; ``step`` is None in evaluation."""
 
     def __init__(self, data: RetrievalData, seed: int) -> None:
-        self.data, self.seed = data, seed
+        self.data, self.seed, self.rank = data, seed, place()[0]
 
     def __getitem__(self, asked: tuple[int | None, list[int]]) -> dict[str, Tensor]:
         step, indices = asked
-        # The third number keeps these draws apart from those of the permutations.
-        rng = None if step is None else np.random.default_rng((self.seed, step, 1))
+        # The third number keeps these draws apart from those of the permutations, and of one process from another's.
+        rng = None if step is None else np.random.default_rng((self.seed, step, 1 + self.rank))
         return self.data.batch(indices, rng)
 
 
@@ -111,8 +116,10 @@ class RetrievalDataModule(LightningDataModule):
 
 
 def evaluation_loader(data: RetrievalData, batch_size: int, workers: int = 0) -> DataLoader[dict[str, Tensor]]:
-    """All images of a data set in their order, with all their captions and nothing dropped."""
-    sampler = [(None, list(range(i, min(i + batch_size, len(data))))) for i in range(0, len(data), batch_size)]
+    """All images of a data set in their order, with all their captions and nothing dropped; of several processes each
+    gets its share."""
+    own = share(len(data), *place())
+    sampler = [(None, list(range(i, min(i + batch_size, own.stop)))) for i in range(own.start, own.stop, batch_size)]
     return _loader(data, sampler, 0, workers)
 
 

@@ -8,11 +8,13 @@ backward. The numbers are the same to rounding.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -53,19 +55,41 @@ def linear_after(before: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
         layer: a `torch.nn.Linear`.
     """
     assert isinstance(layer, nn.Linear)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler itself decides what is made again
-        return linear(before(x), layer.weight, layer.bias)
-    if _onednn_serves(x, layer.weight):
-        y: Tensor = _ProductAfter.apply(before, x, layer.weight, layer.bias, *before.parameters())
+    names, parameters = zip(*before.named_parameters(), strict=True) if [*before.parameters()] else ((), ())
+
+    def made(x: Tensor, *parameters: Tensor) -> Tensor:
+        y: Tensor = functional_call(before, dict(zip(names, parameters, strict=True)), (x,))
         return y
-    # Ends before it would repeat the product.
-    y = checkpoint(lambda x: linear(before(x), layer.weight, layer.bias), x, use_reentrant=False)
+
+    return _after(linear, made, (x, *parameters), layer.weight, layer.bias)
+
+
+def linear_by_head_after(before: Callable[..., Tensor], inputs: Sequence[Tensor | None], weight: Tensor) -> Tensor:
+    """``linear_by_head(before(*inputs), weight)``, storing the inputs for the backward and not what is made of them."""
+    return _after(lambda x, weight, _: linear_by_head(x, weight), before, inputs, weight, None)
+
+
+def _after(
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    before: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler itself decides what is made again
+        return product(before(*inputs), weight, bias)
+    y: Tensor
+    if _onednn_serves(inputs[0], weight):
+        y = _ProductAfter.apply(before, weight, bias, *inputs)
+    else:  # ends before it would repeat the product
+        y = checkpoint(lambda *inputs: product(before(*inputs), weight, bias), *inputs, use_reentrant=False)
     return y
 
 
-def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+def _onednn_serves(x: Tensor | None, weight: Tensor) -> bool:
     return (
         _HAS_ONEDNN
+        and x is not None
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
@@ -100,35 +124,43 @@ class _Product(torch.autograd.Function):
 
 
 class _ProductAfter(torch.autograd.Function):
-    """See `linear_after`."""
+    """The product with ``before(*inputs)``, which is not stored; see `linear_after`."""
 
     @staticmethod
     def forward(
-        ctx: Any, before: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor
+        ctx: Any, before: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, *inputs: Tensor | None
     ) -> Tensor:
         ctx.before, ctx.random_state = before, torch.get_rng_state()
-        ctx.save_for_backward(x, weight, *parameters)
-        return _multiply(before(x).flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        ctx.save_for_backward(weight, *inputs)
+        left = before(*inputs)
+        return _multiply(_rows(left, weight), weight, bias).view(*left.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *parameters = ctx.saved_tensors
-        _, need_x, need_weight, need_bias, *need_parameters = ctx.needs_input_grad
-        wanted = [x.detach().requires_grad_(), *parameters]
+        weight, *inputs = ctx.saved_tensors
+        _, need_weight, need_bias, *needs = ctx.needs_input_grad
+        inputs = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.set_rng_state(ctx.random_state)
-            left = ctx.before(wanted[0])
-        shape, edge = left.shape, torch.autograd.graph.get_gradient_edge(left)
-        left, grad = left.detach().flatten(0, -2), grad.flatten(0, -2)
+            made = ctx.before(*inputs)
+        shape, edge = made.shape, torch.autograd.graph.get_gradient_edge(made) if made.requires_grad else None
+        left, grad = _rows(made.detach(), weight), _rows(grad, weight)
         by_weight = _multiply(grad.mT, left.mT, None) if need_weight else None
-        del left
-        by_left = _multiply(grad, weight.mT, None).unflatten(0, shape[:-1])
-        needs = [need_x, *need_parameters]
-        asked = [t for t, need in zip(wanted, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(edge, asked, by_left) if asked else ())
-        by_x, *by_parameters = [next(found) if need else None for need in needs]
-        return None, by_x, by_weight, grad.sum(0) if need_bias else None, *by_parameters
+        del made, left  # the graph does not need it
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        if edge is not None:
+            asked = [i for i, need in enumerate(needs) if need]
+            by_left = _multiply(grad, weight.mT, None).view(shape)
+            found = torch.autograd.grad(edge, [inputs[i] for i in asked], by_left)
+            for i, gradient in zip(asked, found, strict=True):
+                gradients[i] = gradient
+        return None, by_weight, grad.sum(0) if need_bias else None, *gradients
+
+
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    """``[..., in]`` as one matrix for a weight that is one."""
+    return x if weight.dim() == 3 else x.flatten(0, -2)
 
 
 def _multiply(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,12 +11,12 @@ Keys and values are projections of the tokens that every iteration reads again. 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from setemb.modules.linear import Linear, linear, linear_by_head
+from setemb.modules.linear import Linear, linear, linear_by_head, linear_by_head_after
 from setemb_kernels import slot_attention
 
 
@@ -90,37 +90,46 @@ def attend(
     B, (items, K, inner) = len(tokens.keys), q.shape
     scale = (inner // heads) ** -0.5
     q = q.unflatten(-1, (heads, -1))  # [B or 1, K, heads, dim_head]
+
+    def step(q: Tensor, keys: Tensor, values: Tensor | None, bias: Tensor | None, attention: bool = False) -> Any:
+        return slot_attention(
+            q.expand(B, -1, -1, -1),
+            keys,
+            values,
+            bias=bias,
+            mask=tokens.mask,
+            scale=scale,
+            eps=eps,
+            token_eps=token_eps,
+            return_attention=attention,
+        )
+
+    if not tokens.absorbed:
+        result = step(q.transpose(1, 2), tokens.keys, tokens.values, None, attention=return_attention)
+        update, attention = result if return_attention else (result, None)
+        return update.transpose(1, 2).flatten(2), attention
+
     bias = None
-    if tokens.absorbed:
-        if to_k.bias is not None:
-            bias = scale * torch.einsum("bkhd,hd->bhk", q, to_k.bias.unflatten(0, (heads, -1)))
-            bias = bias.expand(B, -1, -1)
-        by_head = linear_by_head(q.flatten(0, 1).transpose(0, 1), to_k.weight.unflatten(0, (heads, -1)).mT)
-        q = by_head.unflatten(1, (items, K)).transpose(0, 1)  # [B or 1, heads, K, dim_context], heads first
-    else:
-        q = q.transpose(1, 2)
-    result = slot_attention(
-        q.expand(B, -1, -1, -1),
-        tokens.keys,
-        tokens.values,
-        bias=bias,
-        mask=tokens.mask,
-        scale=scale,
-        eps=eps,
-        token_eps=token_eps,
-        return_attention=return_attention,
+    if to_k.bias is not None:
+        bias = scale * torch.einsum("bkhd,hd->bhk", q, to_k.bias.unflatten(0, (heads, -1)))
+        bias = bias.expand(B, -1, -1)
+    by_head = linear_by_head(q.flatten(0, 1).transpose(0, 1), to_k.weight.unflatten(0, (heads, -1)).mT)
+    q = by_head.unflatten(1, (items, K)).transpose(0, 1)  # [B or 1, heads, K, dim_context], heads first
+    inputs = (q, tokens.keys, tokens.values, bias)
+    attention = step(*inputs, attention=True)[1] if return_attention else None
+    # The updates are as large as the queries: four times what the slots gather, and one pass over the tokens.
+    by_head = linear_by_head_after(
+        lambda *inputs: step(*inputs).transpose(0, 1).flatten(1, 2),
+        inputs,
+        to_v.weight.unflatten(0, (heads, -1)),
     )
-    update, attention = result if isinstance(result, tuple) else (result, None)
-    if tokens.absorbed:
-        by_head = linear_by_head(update.transpose(0, 1).flatten(1, 2), to_v.weight.unflatten(0, (heads, -1)))
-        gathered = by_head.unflatten(1, (B, K)).permute(1, 2, 0, 3).flatten(2)
-        if to_v.bias is not None:
-            value_bias = to_v.bias.to(gathered.dtype)
-            if tokens.mask is not None:  # an item without tokens gathers nothing
-                value_bias = value_bias * tokens.mask.any(1)[:, None, None]
-            gathered = gathered + value_bias
-        return gathered, attention
-    return update.transpose(1, 2).flatten(2), attention
+    gathered = by_head.unflatten(1, (B, K)).permute(1, 2, 0, 3).flatten(2)
+    if to_v.bias is not None:
+        value_bias = to_v.bias.to(gathered.dtype)
+        if tokens.mask is not None:  # an item without tokens gathers nothing
+            value_bias = value_bias * tokens.mask.any(1)[:, None, None]
+        gathered = gathered + value_bias
+    return gathered, attention
 
 
 class SlotAttention(nn.Module):

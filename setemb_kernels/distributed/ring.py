@@ -35,12 +35,15 @@ class Ring:
         group: None: the default group, or where there is none, a ring of one.
         timeout: seconds that an exchange may take, the search for a dead rank included.
         device: of the tensors.
+        alone: a ring of one, whatever groups there are.
     """
 
-    def __init__(self, name: str, group: ProcessGroup | None, timeout: float, device: torch.device) -> None:
+    def __init__(
+        self, name: str, group: ProcessGroup | None, timeout: float, device: torch.device, *, alone: bool = False
+    ) -> None:
         self.name, self.timeout, self.device = name, timeout, device
         self.group, self.rank, self.size = group, 0, 1
-        if group is not None or (dist.is_available() and dist.is_initialized()):
+        if not alone and (group is not None or (dist.is_available() and dist.is_initialized())):
             self.group = dist.group.WORLD if group is None else group
             self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
             if self.rank < 0:

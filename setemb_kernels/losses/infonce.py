@@ -44,19 +44,20 @@ def _backward(
 def add_negatives(sets: Sets, scale: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Add the negatives of these sets to the log-sum-exp of each row and column; returns rows, columns and logits of
     the positive pairs."""
-    positives = []
+    n, m = sets.positive_pairs()
+    # Filled as the tiles come: small results kept between large ones that are freed would leave holes in the heap.
+    positives = sets.x.new_empty(len(n), dtype=sets.dtype)
     for r, c in sets.tiles():
         z = sets.similarity(r, c).mul_(scale)
-        positive = sets.positive(r, c)
-        n, m = positive.nonzero(as_tuple=True)
-        positives.append((n + r.start, m + c.start, z[n, m]))
-        z.masked_fill_(positive, -math.inf)
+        first, last = torch.searchsorted(n, n.new_tensor([r.start, r.stop])).tolist()
+        (here,) = torch.nonzero((m[first:last] >= c.start) & (m[first:last] < c.stop), as_tuple=True)
+        here += first
+        place = n[here] - r.start, m[here] - c.start
+        positives[here] = z[place]
+        z[place] = -math.inf
         rows[r] = torch.logaddexp(rows[r], z.logsumexp(1))
         columns[c] = torch.logaddexp(columns[c], z.logsumexp(0))
-    if not positives:
-        return _no_pairs(sets.x, sets.dtype)
-    n, m, z = (torch.cat(parts) for parts in zip(*positives, strict=True))
-    return n, m, z
+    return n, m, positives
 
 
 def costs(
@@ -97,11 +98,6 @@ def add_gradients(
         by_scale += (g * s).sum(dtype=torch.float64)
         gradients.add_tile(r, c, g)
     return -by_scale * scale
-
-
-def _no_pairs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    none = torch.zeros(0, dtype=torch.int64, device=x.device)
-    return none, none, x.new_zeros(0, dtype=dtype)
 
 
 def _fake_state(sets: Sets, *options: object) -> tuple[Tensor, Tensor]:

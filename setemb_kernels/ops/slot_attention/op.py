@@ -13,6 +13,7 @@ from setemb_kernels import _check
 from setemb_kernels._library import define, forbid_double_backward, register_autocast
 from setemb_kernels.backends import OpBackends
 from setemb_kernels.ops.slot_attention import reference
+from setemb_kernels.ops.slot_attention.layout import empty_like_slots
 
 FORWARD = "setemb::slot_attention"
 BACKWARD = "setemb::slot_attention_backward"
@@ -241,7 +242,7 @@ def _(
     token_eps: float,
 ) -> tuple[Tensor, Tensor]:
     total = q.new_empty(q.shape[:3], dtype=reference.accumulate_dtype(q.dtype))
-    return reference.empty_like_slots(q, (k if v is None else v).shape[3]), total
+    return empty_like_slots(q, (k if v is None else v).shape[3]), total
 
 
 @torch.library.register_fake(BACKWARD)
@@ -262,7 +263,7 @@ def _(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        reference.empty_like_slots(q, q.shape[3]) if need_q else q.new_empty(0),
+        empty_like_slots(q, q.shape[3]) if need_q else q.new_empty(0),
         k.new_empty(k.shape if need_k else 0),
         k.new_empty(v.shape if v is not None and need_v else 0),
         q.new_empty(q.shape[:3] if need_bias else 0),

@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from setemb_kernels.ops.slot_attention.layout import empty_like_slots
+
 BLOCK_ELEMENTS = 1 << 20
 """Logits held at a time."""
 
@@ -36,18 +38,6 @@ BLOCK_ELEMENTS = 1 << 20
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def empty_like_slots(q: Tensor, features: int) -> Tensor:
-    """``[B, H, K, features]`` in the memory order of q: heads outermost where they are so in q, else contiguous.
-
-    So a caller that works head by head gets back what it can go on with, without a copy. Heads are outermost, too,
-    where one item of slots is expanded over all items.
-    """
-    B, H, K, _ = q.shape
-    heads_first = q.transpose(0, 1).is_contiguous() and not q.is_contiguous()
-    heads_first = heads_first or (B > 1 and q.stride(0) == 0 and q[0].is_contiguous())
-    return q.new_empty(H, B, K, features).transpose(0, 1) if heads_first else q.new_empty(B, H, K, features)
 
 
 class _Block(NamedTuple):

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from setemb_kernels import _triton
 from setemb_kernels.ops.slot_attention import triton_kernels as kernels
-from setemb_kernels.ops.slot_attention.reference import empty_like_slots
+from setemb_kernels.ops.slot_attention.layout import empty_like_slots
 
 # --- tile sizes
 
