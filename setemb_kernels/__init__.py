@@ -5,16 +5,21 @@ from setemb_kernels.backends import Backend, backends, build_info, load_cpu_modu
 from setemb_kernels.losses import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
 from setemb_kernels.ops.slot_attention.op import slot_attention
 from setemb_kernels.ops.smooth_chamfer.op import smooth_chamfer
+from setemb_kernels.retrieval import Ranks, TopK, set_rank, set_topk
 
 load_cpu_module()
 
 __all__ = [
     "Backend",
+    "Ranks",
+    "TopK",
     "__version__",
     "backends",
     "build_info",
     "set_infonce_loss",
+    "set_rank",
     "set_sigmoid_loss",
+    "set_topk",
     "set_triplet_loss",
     "slot_attention",
     "smooth_chamfer",

@@ -13,14 +13,15 @@ SLOTS = ("batch", "heads", "slots", "features")
 TOKENS = ("batch", "heads", "tokens", "features")
 
 
-def floating(name: str, value: Tensor, axes: tuple[str, ...]) -> None:
-    """`value` is a floating tensor with these axes."""
+def floating(name: str, value: Tensor, axes: tuple[str, ...], also: tuple[torch.dtype, ...] = ()) -> None:
+    """`value` is a floating tensor, or of a dtype of `also`, with these axes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dim() != len(axes):
         raise ValueError(f"{name}: expected {len(axes)} dimensions [{', '.join(axes)}], got shape {list(value.shape)}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {_dtype(value.dtype)}")
+    if value.dtype not in (*FLOATING, *also):
+        *most, last = map(_dtype, (*FLOATING, *also))
+        raise TypeError(f"{name}: expected {', '.join(most)} or {last}, got {_dtype(value.dtype)}")
 
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -1,0 +1,206 @@
+"""Exact search and ranks over sets by smooth-Chamfer similarity, which is made a tile at a time and never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from setemb_kernels import _check
+
+CHUNK = 1024
+"""Sets on either side of a tile."""
+
+
+class TopK(NamedTuple):
+    """What `set_topk` found."""
+
+    values: Tensor
+    """``[N, k]`` similarities, the largest first."""
+    indices: Tensor
+    """int64 ``[N, k]`` places in the gallery."""
+
+
+@torch.no_grad()
+def set_topk(
+    queries: Tensor,
+    gallery: Tensor,
+    k: int,
+    *,
+    alpha: float | Tensor = 16.0,
+    query_mask: Tensor | None = None,
+    gallery_mask: Tensor | None = None,
+    gallery_scale: Tensor | None = None,
+    chunk: int | None = None,
+) -> TopK:
+    """The k sets of a gallery that are most similar to each query: exactly those that sorting all similarities finds.
+
+    Memory beyond the results: a tile of ``chunk x chunk`` similarities and, where the gallery has another dtype than
+    similarities are computed in, ``chunk`` of its sets. The gallery is read once for every ``chunk`` queries, front to
+    back, so it may be mapped from a file.
+
+    Args:
+        queries: ``[N, K, D]`` float32, bfloat16, float16 or float64.
+        gallery: ``[M, L, D]`` of any of these dtypes, or int8; on the device of the queries or on the CPU. A gallery of
+            another dtype is converted, chunk by chunk: similarities are computed in float32, float64 if the queries
+            are.
+        k: how many, ``1 <= k <= M``.
+        alpha: sharpness of the similarity (see `smooth_chamfer`), > 0.
+        query_mask, gallery_mask: bool ``[N, K]`` and ``[M, L]``, True = valid.
+        gallery_scale: ``[M, L]``: a vector of an int8 gallery is this number times its entries.
+        chunk: sets on either side of a tile; `CHUNK` unless given.
+
+    Returns:
+        Values ``[N, k]``, in descending order, in the dtype they are computed in, and indices int64 ``[N, k]``. Among
+        equals the lower index comes first. A similarity that is not a number is never found; a place that nothing
+        fills has the value -inf and the index -1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    search = _Search(queries, gallery, alpha, query_mask, gallery_mask, gallery_scale, chunk)
+    N, M = len(queries), len(gallery)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if not 1 <= k <= M:
+        raise ValueError(f"k: expected 1 <= k <= {M}, the sets of gallery, got {k}")
+    values = queries.new_full((N, k), -torch.inf, dtype=search.dtype)
+    indices = torch.full((N, k), -1, dtype=torch.int64, device=queries.device)
+    for rows, columns in search.tiles():
+        s = search.similarity(rows, columns)
+        s.masked_fill_(s.isnan(), -torch.inf)
+        least = values[rows, -1:]
+        may_enter = s > least  # of equals those found before stay
+        if s.shape[1] > k:
+            may_enter &= s >= s.topk(k).values[:, -1:]
+        r, c = may_enter.nonzero(as_tuple=True)
+        if len(r) == 0:
+            continue
+        own = torch.arange(len(s), device=s.device).repeat_interleave(k)
+        row, value = torch.cat((own, r)), torch.cat((values[rows].flatten(), s[r, c]))
+        index = torch.cat((indices[rows].flatten(), c + columns.start))
+        order = value.argsort(descending=True, stable=True)
+        order = order[row[order].argsort(stable=True)]
+        first = torch.searchsorted(row[order], torch.arange(len(s), device=s.device))
+        order = order[first[:, None] + torch.arange(k, device=s.device)]
+        values[rows], indices[rows] = value[order], index[order]
+    return TopK(values, indices)
+
+
+class Ranks(NamedTuple):
+    """What `set_rank` counted."""
+
+    x: Tensor
+    """int64 ``[N]``, of each x among y; from 0."""
+    y: Tensor
+    """int64 ``[M]``, of each y among x."""
+
+
+@torch.no_grad()
+def set_rank(
+    x: Tensor,
+    y: Tensor,
+    *,
+    x_group: Tensor,
+    y_group: Tensor,
+    alpha: float | Tensor = 16.0,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    chunk: int | None = None,
+) -> Ranks:
+    """Ranks of the most similar relevant set, both ways, by counting: nothing is sorted, no similarity stored.
+
+    Sets of x and y with equal ids are relevant to each other. The rank of a set is the number of sets on the other side
+    that are not relevant to it and at least as similar as its most similar relevant one: equals count against it, and
+    so does a similarity that is not a number. Without a relevant set it is the number of all sets of the other side.
+
+    The similarities are made once, and once more in the tiles that hold relevant pairs.
+
+    Args:
+        x: ``[N, K, D]`` float32, bfloat16, float16 or float64; computed in float32, or float64.
+        y: ``[M, L, D]``, of whichever of these.
+        x_group, y_group: integers ``[N]`` and ``[M]``.
+        alpha, x_mask, y_mask, chunk: as in `set_topk`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    search = _Search(x, y, alpha, x_mask, y_mask, None, chunk, names=("x", "y"))
+    for name, group, sets in (("x_group", x_group, x), ("y_group", y_group, y)):
+        if group is None:
+            raise TypeError(f"{name}: expected a torch.Tensor of integers, got None")
+        _check.group(name, group, name[0], sets)
+    best_x = x.new_full((len(x),), -torch.inf, dtype=search.dtype)
+    best_y = x.new_full((len(y),), -torch.inf, dtype=search.dtype)
+    related = y_group.to(x.device)
+    for rows, columns in search.tiles():
+        relevant = x_group[rows, None] == related[columns]
+        if relevant.any():
+            s = search.similarity(rows, columns)
+            s.masked_fill_(~relevant | s.isnan(), -torch.inf)
+            best_x[rows] = torch.maximum(best_x[rows], s.amax(1))
+            best_y[columns] = torch.maximum(best_y[columns], s.amax(0))
+    ranks = Ranks(*(torch.zeros(len(sets), dtype=torch.int64, device=x.device) for sets in (x, y)))
+    for rows, columns in search.tiles():
+        s, relevant = search.similarity(rows, columns), x_group[rows, None] == related[columns]
+        ranks.x[rows] += (~(s < best_x[rows, None]) & ~relevant).sum(1)
+        ranks.y[columns] += (~(s < best_y[columns]) & ~relevant).sum(0)
+    return ranks
+
+
+class _Search:
+    """Two batches of sets, checked, and the similarities of their tiles."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        alpha: float | Tensor,
+        x_mask: Tensor | None,
+        y_mask: Tensor | None,
+        y_scale: Tensor | None,
+        chunk: int | None,
+        names: tuple[str, str] = ("queries", "gallery"),
+    ) -> None:
+        x_name, y_name = names
+        _check.floating(x_name, x, _check.SETS)
+        searched = y_name == "gallery"
+        _check.floating(y_name, y, _check.SETS, also=(torch.int8,) if searched else ())
+        _check.same_size(y_name, y, x_name, x, {2: "features"})
+        if y.device not in (x.device, torch.device("cpu")):
+            raise ValueError(f"{y_name}: expected device {x.device} as of {x_name}, or cpu, got {y.device}")
+        _check.mask("query_mask" if searched else "x_mask", x_mask, x.shape[:2], x_name, x)
+        _check.mask(f"{y_name}_mask", y_mask, y.shape[:2], y_name, y)
+        if y.dtype == torch.int8 and y_scale is None:
+            raise ValueError("gallery_scale: expected a tensor beside a gallery of int8, got None")
+        if y_scale is not None:
+            _check.floating("gallery_scale", y_scale, ("sets", "vectors"))
+            _check.same_size("gallery_scale", y_scale, "gallery", y, {0: "sets", 1: "vectors"})
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int)):
+            raise TypeError(f"chunk: expected an int or None, got {type(chunk).__name__}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk: expected at least 1, got {chunk}")
+        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.x, self.y, self.x_mask, self.y_mask, self.y_scale = x, y, x_mask, y_mask, y_scale
+        self.alpha, self.chunk = _check.sharpness("alpha", alpha, x.device), chunk or CHUNK
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """All tiles, rows outermost."""
+        for rows in self._pieces(len(self.x)):
+            for columns in self._pieces(len(self.y)):
+                yield rows, columns
+
+    def similarity(self, rows: slice, columns: slice) -> Tensor:
+        """``[n, m]`` in `dtype`, on the device of x."""
+        x, y = self.x[rows].to(self.dtype), self.y[columns].to(self.x.device, self.dtype)
+        if self.y_scale is not None:
+            y = y * self.y_scale[columns].to(self.x.device, self.dtype)[..., None]
+        x_mask = None if self.x_mask is None else self.x_mask[rows]
+        y_mask = None if self.y_mask is None else self.y_mask[columns].to(self.x.device)
+        s: Tensor = torch.ops.setemb.smooth_chamfer(x, y, self.alpha, x_mask, y_mask)
+        return s
+
+    def _pieces(self, count: int) -> Iterator[slice]:
+        return (slice(first, min(first + self.chunk, count)) for first in range(0, count, self.chunk))
