@@ -127,7 +127,7 @@ def test_the_cache_makes_arrays_once_for_a_key(tmp_path: Path) -> None:
     assert cache.load_or_make({"version": 1}, make)["numbers"][0] == 1
     assert make.calls == 1
     assert cache.load_or_make({"version": 2}, make)["numbers"][0] == 2
-    assert sorted(path.name for path in tmp_path.joinpath("deep").iterdir()) == ["cache"]
+    assert sorted(path.name for path in tmp_path.joinpath("deep").iterdir()) == [".cache.lock", "cache"]
 
 
 @pytest.mark.parametrize("name", ["numbers.npy", "manifest.json"])
