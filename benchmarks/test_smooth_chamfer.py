@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import ROWS, Function, Row, measure
 from benchmarks.peers import eager_similarity
-from setemb.modules.linear import linear
+from setemb.modules.linear import HAS_ONEDNN, linear
 from setemb_kernels import smooth_chamfer
 
 ALPHA = 16.0
@@ -42,7 +42,9 @@ def forward_row(
     peers = _fitting(
         {"eager": lambda: eager_similarity(x, y), "compiled": lambda: compiled(x, y)}, n * n * K * L, device
     )
-    if dtype == F32 and device == "cpu":  # torch's product is MKL's, which is not the fastest on every processor
+    if (
+        dtype == F32 and device == "cpu" and HAS_ONEDNN
+    ):  # torch's product is MKL's, which is not the fastest on every processor
         peers["onednn"] = lambda: linear(x_flat, y_flat)
     return measure(
         benchmark,

@@ -96,11 +96,13 @@ def train(
             if show:
                 print(to_yaml(config), end="")
                 return
+        from setemb.processes import first
         from setemb.training import train_precomp
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         model = train_precomp(config, folder, resume=resume is not None)
-    tell(f"model: {model}")
+    if first():
+        tell(f"model: {model}")
 
 
 @app.command("eval")

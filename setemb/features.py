@@ -284,10 +284,10 @@ class ArrayCache:
 
     def load_or_make(self, key: Any, make: Callable[[Path], None]) -> dict[str, np.ndarray]:
         if not self._fits(key):
-            self._refuse_other_folders()
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder.with_name(f".{self.folder.name}.lock")):  # of processes that want the same, one
                 if not self._fits(key):
+                    self._refuse_other_folders()
                     self._make(key, make)
         names = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["bytes"]
         return {Path(name).stem: np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in names}

@@ -104,7 +104,7 @@ def mmd_loss(x: Tensor, y: Tensor, gamma: float = 0.5, *, distributed: bool = Fa
 
     With the kernel ``k = exp(-gamma |x - y|)`` (the distance is not squared):
     ``mean k(x, x) + mean k(y, y) - 2 mean k(x, y)``, a vector with itself included. Made a tile at a time: its memory
-    does not grow with the square of the batch.
+    does not grow with the square of the batch. It has no second derivative.
 
     Args:
         x: ``[..., D]``, flattened to ``[n, D]``.
@@ -115,12 +115,15 @@ def mmd_loss(x: Tensor, y: Tensor, gamma: float = 0.5, *, distributed: bool = Fa
     if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
         raise ValueError(f"x and y must have shapes [..., D] of one D, got {list(x.shape)} and {list(y.shape)}")
     x, y = _at_least_float32(x).flatten(0, -2), _at_least_float32(y).flatten(0, -2)
-    ring = Ring("mmd_loss", None, _TIMEOUT, x.device, alone=not distributed)
-    value: Tensor = _Discrepancy.apply(torch.cat((x, y)), len(x), gamma, ring)
+    ring = Ring("mmd_loss", None, TIMEOUT, x.device, alone=not distributed)
+    with torch.autocast(x.device.type, enabled=False):  # differences of close numbers
+        value: Tensor = _Discrepancy.apply(torch.cat((x, y)), len(x), gamma, ring)
     return value
 
 
-_TIMEOUT = 300.0
+TIMEOUT = 300.0
+"""Seconds that processes wait for each other."""
+
 _TILE = 1024
 
 

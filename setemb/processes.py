@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 def launched() -> tuple[int, int]:
     """How many processes torchrun has started, and how many of them on this machine; one without it."""
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         return 1, 1
     return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
 

@@ -9,8 +9,8 @@ A run is a folder::
     metrics/from_step_N/    metrics.csv of the part of the run that started at step N; `read_metrics` joins them
     tensorboard/
 
-Exact resumption needs no saved random state: before every step the generators are seeded from the seed and the number
-of the step, and the data is a function of the same two numbers (`setemb.data.loader`).
+Exact resumption needs no saved random state: before every step the generators are seeded from the seed, the number of
+the step and the process, and the data is a function of the same numbers (`setemb.data.loader`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from setemb.data.loader import RetrievalData, RetrievalDataModule, evaluation_lo
 from setemb.data.precomp import Captions, FeatureCaptions, PrecompDataset, TokenCaptions, WordCaptions
 from setemb.data.vocab import Vocabulary
 from setemb.evaluation import RecallReport, evaluate_retrieval
-from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
+from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import TransformerTextEncoder
 from setemb.processes import first, gathered_by_first, launched, place
@@ -65,8 +65,7 @@ class RetrievalModule(pl.LightningModule):
         self._dev: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        rank = place()[0] << 24  # each process drops other units
-        torch.manual_seed((self.config.trainer.seed + rank << 32) + self.global_step)
+        torch.manual_seed(step_seed(self.config.trainer.seed, place()[0], self.global_step))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         model, size = self.model, self.config.trainer.accumulate_embeddings
@@ -174,6 +173,11 @@ def retrieval_loss(
         return loss
 
 
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """What the generators are seeded with before a step: 32 bits, as a CPU's has no more."""
+    return (step + 2654435761 * (seed + 4099 * rank)) % 2**32
+
+
 def mean_over_processes(loss: Callable[[Tensor], Tensor], *shares: Tensor) -> Tensor:
     """The sum of ``loss``, a mean over items, of each of several batches that are spread over processes.
 
@@ -181,12 +185,12 @@ def mean_over_processes(loss: Callable[[Tensor], Tensor], *shares: Tensor) -> Te
     """
     total = shares[0].new_zeros(())
     for own in shares:
-        ring = Ring("mean_over_processes", None, 300.0, own.device)
+        ring = Ring("mean_over_processes", None, TIMEOUT, own.device)
         part = loss(own)
         counted = torch.stack((part.detach() * len(own), part.new_tensor(float(len(own)))))
         whole, count = ring.total(counted)
-        part = part * (len(own) / count)
-        total = total + part + (whole / count - part.detach())
+        part = part * (len(own) / count.clamp(min=1))
+        total = total + part + (whole / count.clamp(min=1) - part.detach())
     return total
 
 
@@ -293,7 +297,7 @@ def fit(
         data: see `RetrievalDataModule`.
         folder: of the run; a folder that holds a run already is refused unless ``resume``.
         resume: go on from ``last.safetensors``. The result is, to the bit, that of a run that was not stopped (on one
-            machine with one number of threads).
+            machine with one number of threads and of processes).
 
     Raises:
         ValueError, FileExistsError, FileNotFoundError: naming the setting or the folder.
@@ -310,16 +314,22 @@ def fit(
         raise FileNotFoundError(f"nothing to resume: no {last}")
     if not resume and last.exists():
         raise FileExistsError(f"{folder} holds a run already: resume it, or choose another folder")
+    settings = config.trainer
     processes, here = launched()
     smallest = min(data.batch_size, len(data.train if data.dev is None else data.dev))
     if processes > smallest:
         raise ValueError(f"{processes} processes need as many images in a batch and in the dev set, got {smallest}")
+    synchronised = processes > 1 and settings.accelerator != "cpu" and torch.cuda.is_available()
+    if synchronised and settings.accumulate_embeddings and data.batch_size % processes:
+        raise ValueError(
+            "trainer.accumulate_embeddings on several GPUs needs a data.batch_size that they can share equally, got "
+            f"{data.batch_size} for {processes}"
+        )
     config.model = model.config
     if first():
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "config.yaml", to_yaml(config).encode())
     start = load_checkpoint(last)["global_step"] if resume else 0
-    settings = config.trainer
     best = BestCheckpoint(folder) if data.dev is not None else None
     callbacks: list[Callback] = [EMAWeightAveraging(decay=settings.ema_decay)] if settings.ema_decay > 0 else []
     callbacks += [LastCheckpoint(last, settings.checkpoint_every)]
@@ -330,7 +340,7 @@ def fit(
         devices=here,
         num_nodes=processes // here,
         strategy="auto" if processes == 1 else "ddp",
-        sync_batchnorm=processes > 1 and settings.accelerator != "cpu" and torch.cuda.is_available(),
+        sync_batchnorm=synchronised,
         precision=cast(Any, settings.precision),
         max_epochs=settings.epochs,
         gradient_clip_val=settings.gradient_clip or None,
@@ -357,6 +367,8 @@ def fit(
     chosen = folder / "best.safetensors"
     if first():
         load_model(chosen if chosen.is_file() else last).save_pretrained(folder / "model")
+    if processes > 1:
+        torch.distributed.barrier()
     return folder / "model"
 
 

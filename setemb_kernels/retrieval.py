@@ -37,9 +37,9 @@ def set_topk(
 ) -> TopK:
     """The k sets of a gallery that are most similar to each query: exactly those that sorting all similarities finds.
 
-    Memory beyond the results: a tile of ``chunk x chunk`` similarities and, where the gallery has another dtype than
-    similarities are computed in, ``chunk`` of its sets. The gallery is read once for every ``chunk`` queries, front to
-    back, so it may be mapped from a file.
+    Memory beyond the results: a few times a tile of ``chunk x chunk`` similarities (ten times, where most of them are
+    equal) and, where the gallery has another dtype than similarities are computed in, ``chunk`` of its sets. The
+    gallery is read once for every ``chunk`` queries, front to back, so it may be mapped from a file.
 
     Args:
         queries: ``[N, K, D]`` float32, bfloat16, float16 or float64.
@@ -49,7 +49,7 @@ def set_topk(
         k: how many, ``1 <= k <= M``.
         alpha: sharpness of the similarity (see `smooth_chamfer`), > 0.
         query_mask, gallery_mask: bool ``[N, K]`` and ``[M, L]``, True = valid.
-        gallery_scale: ``[M, L]``: a vector of an int8 gallery is this number times its entries.
+        gallery_scale: ``[M, L]``: a vector of the gallery is this number times its entries; int8 needs it.
         chunk: sets on either side of a tile; `CHUNK` unless given.
 
     Returns:
@@ -199,7 +199,8 @@ class _Search:
             y = y * self.y_scale[columns].to(self.x.device, self.dtype)[..., None]
         x_mask = None if self.x_mask is None else self.x_mask[rows]
         y_mask = None if self.y_mask is None else self.y_mask[columns].to(self.x.device)
-        s: Tensor = torch.ops.setemb.smooth_chamfer(x, y, self.alpha, x_mask, y_mask)
+        with torch.autocast(x.device.type, enabled=False):
+            s: Tensor = torch.ops.setemb.smooth_chamfer(x, y, self.alpha, x_mask, y_mask)
         return s
 
     def _pieces(self, count: int) -> Iterator[slice]:

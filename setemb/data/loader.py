@@ -1,12 +1,13 @@
 """Batches in an order that can be resumed, and the Lightning data module that makes them.
 
-Everything random about a batch is a function of the seed and of the number of the step alone: which images, which of
-their captions, what is dropped. So the position in the data is one number, and training that is resumed at a step sees
-what it would have seen.
+Everything random about a batch is a function of the seed, of the number of the step and, where there are several, of
+the process: which images, which of their captions, what is dropped. So the position in the data is one number, and
+training that is resumed at a step sees what it would have seen.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -109,17 +110,26 @@ class RetrievalDataModule(LightningDataModule):
         return _loader(self.train, self._sampler, self.seed, self.workers)
 
     def val_dataloader(self) -> Any:
-        return [] if self.dev is None else evaluation_loader(self.dev, self.batch_size, self.workers)
+        if self.dev is None:
+            return []
+        rank, size = place()
+        return evaluation_loader(self.dev, self.batch_size, self.workers, rank=rank, size=size)
 
     def _step(self) -> int:
         return int(self.trainer.global_step) if self.trainer is not None else 0
 
 
-def evaluation_loader(data: RetrievalData, batch_size: int, workers: int = 0) -> DataLoader[dict[str, Tensor]]:
-    """All images of a data set in their order, with all their captions and nothing dropped; of several processes each
-    gets its share."""
-    own = share(len(data), *place())
-    sampler = [(None, list(range(i, min(i + batch_size, own.stop)))) for i in range(own.start, own.stop, batch_size)]
+def evaluation_loader(
+    data: RetrievalData, batch_size: int, workers: int = 0, *, rank: int = 0, size: int = 1
+) -> DataLoader[dict[str, Tensor]]:
+    """All images of a data set in their order, with all their captions and nothing dropped.
+
+    Of several processes, ``rank`` of ``size``, each gets its share, in as many batches as all others.
+    """
+    own = share(len(data), rank, size)
+    count = math.ceil(math.ceil(len(data) / size) / batch_size)
+    parts = [share(own.stop - own.start, i, count) for i in range(count)]
+    sampler = [(None, list(range(own.start + part.start, own.start + part.stop))) for part in parts]
     return _loader(data, sampler, 0, workers)
 
 

@@ -8,8 +8,9 @@ backward. The numbers are the same to rounding.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 # What torch's own compiler calls; it has no public name.
-_HAS_ONEDNN = (
+HAS_ONEDNN = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -30,9 +31,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``, as `torch.nn.functional.linear`.
 
     By oneDNN for float32 on an x86 processor; not under autocast, which casts, nor in code that torch compiles, where
-    its compiler chooses.
+    its compiler chooses, nor inside a transform of torch.func.
     """
-    if not _onednn_serves(x, weight):
+    if x.dim() < 2 or not _onednn_serves(x, weight):
         return functional.linear(x, weight, bias)
     y: Tensor = _Product.apply(x.flatten(0, -2), weight, bias)
     return y.unflatten(0, x.shape[:-1])
@@ -46,57 +47,6 @@ def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def linear_after(before: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
-    """``layer(before(x))``, storing x for the backward and not ``before(x)``, which is made again.
-
-    For a normalisation or an activation: quickly made, and as large as what it is made of.
-
-    Args:
-        layer: a `torch.nn.Linear`.
-    """
-    assert isinstance(layer, nn.Linear)
-    names, parameters = zip(*before.named_parameters(), strict=True) if [*before.parameters()] else ((), ())
-
-    def made(x: Tensor, *parameters: Tensor) -> Tensor:
-        y: Tensor = functional_call(before, dict(zip(names, parameters, strict=True)), (x,))
-        return y
-
-    return _after(linear, made, (x, *parameters), layer.weight, layer.bias)
-
-
-def linear_by_head_after(before: Callable[..., Tensor], inputs: Sequence[Tensor | None], weight: Tensor) -> Tensor:
-    """``linear_by_head(before(*inputs), weight)``, storing the inputs for the backward and not what is made of them."""
-    return _after(lambda x, weight, _: linear_by_head(x, weight), before, inputs, weight, None)
-
-
-def _after(
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    before: Callable[..., Tensor],
-    inputs: Sequence[Tensor | None],
-    weight: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler itself decides what is made again
-        return product(before(*inputs), weight, bias)
-    y: Tensor
-    if _onednn_serves(inputs[0], weight):
-        y = _ProductAfter.apply(before, weight, bias, *inputs)
-    else:  # ends before it would repeat the product
-        y = checkpoint(lambda *inputs: product(before(*inputs), weight, bias), *inputs, use_reentrant=False)
-    return y
-
-
-def _onednn_serves(x: Tensor | None, weight: Tensor) -> bool:
-    return (
-        _HAS_ONEDNN
-        and x is not None
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
 class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by `linear`."""
 
@@ -104,22 +54,107 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def linear_after(before: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
+    """``layer(before(x))``, storing x for the backward and not ``before(x)``, which is made again.
+
+    For a normalisation or an activation: quickly made, and as large as what it is made of. ``before`` must not keep
+    statistics; where it or ``layer`` has hooks, or ``layer`` is no plain `torch.nn.Linear`, both are simply called.
+    """
+    plain = type(layer) in (nn.Linear, Linear) and not _hooked(before) and not _hooked(layer)
+    if not plain or _nothing_is_remade():
+        y: Tensor = layer(before(x))
+        return y
+    names = [name for name, _ in before.named_parameters()]
+    training = [module.training for module in before.modules()]
+
+    def made(x: Tensor, *parameters: Tensor) -> Tensor:
+        with _training_as(before, training):
+            y: Tensor = functional_call(before, dict(zip(names, parameters, strict=True)), (x,))
+        return y
+
+    weight, bias = cast(nn.Linear, layer).weight, cast(nn.Linear, layer).bias
+    random = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in before.modules())
+    inputs = (x, *before.parameters())
+    if _onednn_serves(x, weight):
+        y = _ProductAfter.apply(made, random, weight, bias, *inputs)
+        return y.unflatten(0, x.shape[:-1])
+    return _remade(lambda *inputs: functional.linear(made(*inputs), weight, bias), inputs, random)
+
+
+def linear_by_head_after(before: Callable[..., Tensor], inputs: Sequence[Tensor | None], weight: Tensor) -> Tensor:
+    """``linear_by_head(before(*inputs), weight)``, storing the inputs for the backward and not what is made of them.
+
+    What ``before`` makes depends on the inputs alone; it holds no other tensor.
+    """
+    if _nothing_is_remade():
+        return linear_by_head(before(*inputs), weight)
+    if _onednn_serves(inputs[0], weight):
+        y: Tensor = _ProductAfter.apply(before, False, weight, None, *inputs)
+        return y
+    return _remade(lambda *inputs: linear_by_head(before(*inputs), weight), inputs, False)
+
+
+def _nothing_is_remade() -> bool:
+    """The compiler itself decides what is made again."""
+    return torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def _remade(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], random: bool) -> Tensor:
+    """``function(*inputs)``; the backward makes it again, and ends before it would repeat the last product."""
+    y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random)
+    return y
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+    )
+
+
+@contextmanager
+def _training_as(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
+    """In the backward a module may have another mode than it had in the forward."""
+    modules = list(module.modules())
+    now = [m.training for m in modules]
+    try:
+        for m, mode in zip(modules, training, strict=True):
+            m.training = mode
+        yield
+    finally:
+        for m, mode in zip(modules, now, strict=True):
+            m.training = mode
+
+
+def _onednn_serves(x: Tensor | None, weight: Tensor) -> bool:
+    return (
+        HAS_ONEDNN
+        and x is not None
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and all(type(t) in (Tensor, nn.Parameter) for t in (x, weight))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
 class _Product(torch.autograd.Function):
     """``left right^T + b`` of matrices, or without b of as many pairs of matrices."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(left, right)
+        need_left, need_right, _ = ctx.needs_input_grad
+        ctx.save_for_backward(left if need_right else None, right if need_left else None)
         return _multiply(left, right, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
-        need_left, need_right, need_bias = ctx.needs_input_grad
         return (
-            _Product.apply(grad, right.mT, None) if need_left else None,
-            _Product.apply(grad.mT, left.mT, None) if need_right else None,
-            grad.sum(0) if need_bias else None,
+            None if right is None else _Product.apply(grad, right.mT, None),
+            None if left is None else _Product.apply(grad.mT, left.mT, None),
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
@@ -128,34 +163,47 @@ class _ProductAfter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, before: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, *inputs: Tensor | None
+        ctx: Any,
+        before: Callable[..., Tensor],
+        random: bool,
+        weight: Tensor,
+        bias: Tensor | None,
+        *inputs: Tensor | None,
     ) -> Tensor:
-        ctx.before, ctx.random_state = before, torch.get_rng_state()
+        ctx.before, ctx.random_state = before, torch.get_rng_state() if random else None
         ctx.save_for_backward(weight, *inputs)
-        left = before(*inputs)
-        return _multiply(_rows(left, weight), weight, bias).view(*left.shape[:-1], -1)
+        return _multiply(_rows(before(*inputs), weight), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        _, need_weight, need_bias, *needs = ctx.needs_input_grad
+        _, _, need_weight, need_bias, *needs = ctx.needs_input_grad
         inputs = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(ctx.random_state)
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False), _random_state(ctx.random_state):
             made = ctx.before(*inputs)
         shape, edge = made.shape, torch.autograd.graph.get_gradient_edge(made) if made.requires_grad else None
-        left, grad = _rows(made.detach(), weight), _rows(grad, weight)
+        left = _rows(made.detach(), weight)
         by_weight = _multiply(grad.mT, left.mT, None) if need_weight else None
         del made, left  # the graph does not need it
         gradients: list[Tensor | None] = [None] * len(inputs)
         if edge is not None:
             asked = [i for i, need in enumerate(needs) if need]
             by_left = _multiply(grad, weight.mT, None).view(shape)
-            found = torch.autograd.grad(edge, [inputs[i] for i in asked], by_left)
+            found = torch.autograd.grad(edge, [inputs[i] for i in asked], by_left, allow_unused=True)
             for i, gradient in zip(asked, found, strict=True):
                 gradients[i] = gradient
-        return None, by_weight, grad.sum(0) if need_bias else None, *gradients
+        return None, None, by_weight, grad.sum(0) if need_bias else None, *gradients
+
+
+@contextmanager
+def _random_state(state: Tensor | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        yield
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -171,7 +219,7 @@ def _multiply(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
         return out
     if 0 in (*left.shape, *right.shape):  # which oneDNN refuses
         return functional.linear(left, right, bias)
-    if not (right.is_contiguous() or right.mT.is_contiguous()):
-        right = right.contiguous()  # for other strides it has no fast code
+    if right.stride() not in ((right.shape[1], 1), (1, right.shape[0])):  # for others it has no fast code
+        right = right.clone(memory_format=torch.contiguous_format)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     return product

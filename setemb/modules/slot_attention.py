@@ -91,13 +91,20 @@ def attend(
     scale = (inner // heads) ** -0.5
     q = q.unflatten(-1, (heads, -1))  # [B or 1, K, heads, dim_head]
 
-    def step(q: Tensor, keys: Tensor, values: Tensor | None, bias: Tensor | None, attention: bool = False) -> Any:
+    def step(
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        attention: bool = False,
+    ) -> Any:
         return slot_attention(
             q.expand(B, -1, -1, -1),
             keys,
             values,
             bias=bias,
-            mask=tokens.mask,
+            mask=mask,
             scale=scale,
             eps=eps,
             token_eps=token_eps,
@@ -105,7 +112,7 @@ def attend(
         )
 
     if not tokens.absorbed:
-        result = step(q.transpose(1, 2), tokens.keys, tokens.values, None, attention=return_attention)
+        result = step(q.transpose(1, 2), tokens.keys, tokens.values, None, tokens.mask, return_attention)
         update, attention = result if return_attention else (result, None)
         return update.transpose(1, 2).flatten(2), attention
 
@@ -115,14 +122,14 @@ def attend(
         bias = bias.expand(B, -1, -1)
     by_head = linear_by_head(q.flatten(0, 1).transpose(0, 1), to_k.weight.unflatten(0, (heads, -1)).mT)
     q = by_head.unflatten(1, (items, K)).transpose(0, 1)  # [B or 1, heads, K, dim_context], heads first
-    inputs = (q, tokens.keys, tokens.values, bias)
-    attention = step(*inputs, attention=True)[1] if return_attention else None
-    # The updates are as large as the queries: four times what the slots gather, and one pass over the tokens.
-    by_head = linear_by_head_after(
-        lambda *inputs: step(*inputs).transpose(0, 1).flatten(1, 2),
-        inputs,
-        to_v.weight.unflatten(0, (heads, -1)),
-    )
+    inputs = (q, tokens.keys, tokens.values, bias, tokens.mask)
+    weight = to_v.weight.unflatten(0, (heads, -1))
+    attention = None
+    if return_attention:
+        update, attention = step(*inputs, attention=True)
+        by_head = linear_by_head(update.transpose(0, 1).flatten(1, 2), weight)
+    else:  # updates are as large as the queries, and made by one pass over the tokens
+        by_head = linear_by_head_after(lambda *i: step(*i).transpose(0, 1).flatten(1, 2), inputs, weight)
     gathered = by_head.unflatten(1, (B, K)).permute(1, 2, 0, 3).flatten(2)
     if to_v.bias is not None:
         value_bias = to_v.bias.to(gathered.dtype)
@@ -228,7 +235,9 @@ class SlotAttention(nn.Module):
 
 
 def gru_cell(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
-    """``cell(x, h)``, with its products by `linear`."""
+    """``cell(x, h)`` for ``[..., features]``, on a CPU with its products by `linear`."""
+    if x.device.type != "cpu":
+        return cell(x.flatten(0, -2), h.flatten(0, -2)).unflatten(0, h.shape[:-1])
     by_x, by_h = linear(x, cell.weight_ih, cell.bias_ih), linear(h, cell.weight_hh, cell.bias_hh)
     (x_reset, x_update, x_new), (h_reset, h_update, h_new) = by_x.chunk(3, -1), by_h.chunk(3, -1)
     reset, update = (x_reset + h_reset).sigmoid(), (x_update + h_update).sigmoid()

@@ -79,6 +79,9 @@ class TransformerTextEncoder(nn.Module):
         transformers, location = require("transformers", "minilm"), model_location(name_or_path)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(location)
         self.model = transformers.AutoModel.from_pretrained(location).requires_grad_(not frozen)
+        pooler = getattr(self.model, "pooler", None)
+        if pooler is not None:
+            pooler.requires_grad_(False)  # not used: over processes, parameters without a gradient are an error
         self.frozen = frozen
         self.project = Linear(self.model.config.hidden_size, dim)
         self.dropout = nn.Dropout(dropout)

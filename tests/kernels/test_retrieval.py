@@ -88,6 +88,18 @@ def test_what_is_not_a_number_is_never_found() -> None:
     assert (found.indices[2] == -1).all()
 
 
+def test_autocast_and_gradients_do_not_matter() -> None:
+    x, y = sets(4, 2, 16, 1).requires_grad_(), sets(30, 2, 16, 2).bfloat16()
+    expected = set_topk(x.detach(), y.float(), 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = set_topk(x, y, 5)
+        ranks = set_rank(x, y, x_group=torch.arange(4), y_group=torch.arange(30) // 7)
+    assert torch.equal(found.values, expected.values) and torch.equal(found.indices, expected.indices)
+    assert not found.values.requires_grad
+    again = set_rank(x, y.float(), x_group=torch.arange(4), y_group=torch.arange(30) // 7)
+    assert torch.equal(ranks.x, again.x) and torch.equal(ranks.y, again.y)
+
+
 def test_no_queries() -> None:
     found = set_topk(sets(0, 2, 8), sets(5, 2, 8), 3)
     assert found.values.shape == found.indices.shape == (0, 3)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from setemb.modules import linear as module
-from setemb.modules.linear import Linear, linear, linear_after, linear_by_head
+from setemb.modules.linear import Linear, linear, linear_after, linear_by_head, linear_by_head_after
 
-needs_onednn = pytest.mark.skipif(not module._HAS_ONEDNN, reason="no oneDNN on this processor")
+needs_onednn = pytest.mark.skipif(not module.HAS_ONEDNN, reason="no oneDNN on this processor")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,6 +82,90 @@ def test_only_float32_outside_autocast_goes_to_onednn(monkeypatch: pytest.Monkey
         assert layer(normal(2, 4)).dtype == torch.bfloat16
     layer.double()(normal(2, 4, dtype=torch.float64))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("make", [lambda: normal(4, 9).expand(4, 9)[:1], lambda: normal(30).unfold(0, 9, 2)[:1]])
+def test_one_row_of_odd_strides(make: Callable[[], Tensor]) -> None:
+    x, weight = make().requires_grad_(), normal(5, 9, seed=1).requires_grad_()
+    compare(linear(x, weight), functional.linear(x.double(), weight.double()), [x, weight], normal(1, 5, seed=2))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (2, 0, 4)])
+def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    layer, x = Linear(4, 3), normal(*shape)
+    torch.testing.assert_close(layer(x), functional.linear(x, layer.weight, layer.bias))
+
+
+def test_transforms_of_torch_func() -> None:
+    layer, x = Linear(4, 3), normal(5, 4)
+    gradient = torch.func.grad(lambda x: layer(x).square().sum())(x)
+    x.requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(layer(x).square().sum(), x)[0])
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+
+
+def test_frozen_weights_store_no_input() -> None:
+    layer, x = Linear(4, 3).requires_grad_(False), normal(5, 4).requires_grad_()
+    saved = Saved([layer])
+    with saved.hooks:
+        layer(x).sum().backward()
+    assert not saved.storages
+
+
+@pytest.mark.parametrize("frozen", ["x", "layer", "before", "all"])
+def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
+    before, layer = nn.LayerNorm(8), Linear(8, 3)
+    x = normal(2, 5, 8).requires_grad_(frozen not in ("x", "all"))
+    layer.requires_grad_(frozen not in ("layer", "all"))
+    before.requires_grad_(frozen not in ("before", "all"))
+    leaves = [t for t in (x, *before.parameters(), *layer.parameters()) if t.requires_grad]
+    results = []
+    for y in (layer(before(x)), linear_after(before, x, layer)):
+        results.append((y, *(torch.autograd.grad(y.square().sum(), leaves) if leaves else ())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_backward_makes_what_the_forward_made() -> None:
+    """Whatever mode and autocast hold by then."""
+    before, layer, x = nn.Sequential(nn.GELU(), nn.Dropout(0.5)), Linear(8, 3), normal(5, 8).requires_grad_()
+    gradients = []
+    for function in (lambda: layer(before(x)), lambda: linear_after(before, x, layer)):
+        before.train()
+        torch.manual_seed(0)
+        y = function()
+        before.eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            gradients.append(torch.autograd.grad(y.sum(), (x, layer.weight)))
+        assert not before.training
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_modules_with_hooks_are_called() -> None:
+    before, layer, x = nn.LayerNorm(8), Linear(8, 3), normal(5, 8).requires_grad_()
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append("layer"))
+    linear_after(before, x, layer).sum().backward()
+    before.register_forward_pre_hook(lambda *_: calls.append("before"))
+    linear_after(before, x, layer).sum().backward()
+    assert calls == ["layer", "before", "layer"]
+    linear_after(nn.GELU(), x, nn.Sequential(layer)).sum().backward()
+    assert calls[3:] == ["layer"]
+
+
+def test_by_head_after() -> None:
+    x, other, weight = normal(3, 5, 8), normal(3, 5, 8, seed=1), normal(3, 4, 8, seed=2)
+    leaves = [t.requires_grad_() for t in (x, other, weight)]
+    ours = linear_by_head_after(lambda x, none, other: x * other, (x, None, other), weight)
+    truth = (x.double() * other.double()) @ weight.double().mT
+    compare(ours, truth, leaves, normal(3, 5, 4, seed=3))
+
+
+def test_copies() -> None:
+    layer = Linear(4, 3)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(normal(2, 4)), layer(normal(2, 4)))
 
 
 class Saved:

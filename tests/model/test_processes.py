@@ -79,6 +79,18 @@ def test_the_gradient_is_that_of_one_process(loss: str, processes: int, tiny_pre
     assert report.rsum == pytest.approx(rsum, abs=1e-3)
 
 
+def test_shares_of_other_sizes_parts_and_more_steps(tiny_precomp: Path, tmp_path: Path) -> None:
+    """Dev shares of 21, 21 and 22 images in batches of 21; each process encodes parts; moving averages of weights."""
+    settings = ["data.batch_size=21", "trainer.epochs=2", "trainer.ema_decay=0.9", "trainer.accumulate_embeddings=4"]
+    result = train(3, tiny_precomp, tmp_path / "run", settings)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("model:") == 1
+    rsum = [row["dev/rsum"] for row in read_metrics(tmp_path / "run") if "dev/rsum" in row]
+    assert len(rsum) == 2
+    report = evaluate_precomp(tmp_path / "run" / "model", DataConfig(dir=str(tiny_precomp)))
+    assert report.rsum == pytest.approx(max(rsum), abs=1e-3)
+
+
 def test_what_several_processes_cannot_do_is_said(tiny_precomp: Path, tmp_path: Path) -> None:
     result = train(2, tiny_precomp, tmp_path / "max", ["model.similarity=max", "trainer.epochs=1"])
     assert result.returncode != 0

@@ -166,3 +166,12 @@ def test_autocast_leaves_float64_alone(absorbed):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(local, global_).embeddings
     assert torch.equal(out, module(local, global_).embeddings)
+
+
+def test_no_items():
+    module = SetPrediction(8, 8, 8, absorbed=True)
+    local = torch.zeros(0, 5, 8, requires_grad=True)
+    out = module(local, torch.zeros(0, 8)).embeddings
+    assert out.shape == (0, 4, 8)
+    out.sum().backward()
+    assert local.grad.shape == (0, 5, 8)

@@ -13,5 +13,5 @@ def empty_like_slots(q: Tensor, features: int) -> Tensor:
     """
     B, H, K, _ = q.shape
     heads_first = q.transpose(0, 1).is_contiguous() and not q.is_contiguous()
-    heads_first = heads_first or (B > 1 and q.stride(0) == 0 and q[0].is_contiguous())
+    heads_first = heads_first or (B > 1 and q.numel() != 0 and q.stride(0) == 0 and q[0].is_contiguous())
     return q.new_empty(H, B, K, features).transpose(0, 1) if heads_first else q.new_empty(B, H, K, features)
