@@ -33,26 +33,28 @@ def outside(text: str) -> tuple[str, str]:
 
 
 def tables(folder: Path = ROOT / "benchmarks" / "results") -> str:
-    """One table a device: its newest file."""
-    newest: dict[str, dict[str, Any]] = {}
+    """One table a device: of each row the newest figures."""
+    devices: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda p: p.name[-15:]):
         content = json.loads(path.read_text())
-        newest[content["device"]] = content | {"file": path.name}
-    return "".join(_table(content) for content in newest.values())
+        devices.setdefault(content["device"], []).append(content | {"file": path.name})
+    return "".join(_table(contents) for contents in devices.values())
 
 
-def _table(content: dict[str, Any]) -> str:
-    cuda = f", CUDA {content['versions']['cuda']}" if content["versions"]["cuda"] else ""
+def _table(contents: list[dict[str, Any]]) -> str:
+    newest = contents[-1]
+    rows = {(row["op"], row["name"]): row for content in contents for row in content["rows"]}
+    cuda = f", CUDA {newest['versions']['cuda']}" if newest["versions"]["cuda"] else ""
+    files = ", ".join(f"[{content['date']}](benchmarks/results/{content['file']})" for content in contents)
     lines = [
         "",
-        f"**{content['device']}**, torch {content['versions']['torch']}{cuda}, {content['date']}"
-        f" ([all numbers](benchmarks/results/{content['file']}))",
+        f"**{newest['device']}**, torch {newest['versions']['torch']}{cuda}; all numbers: {files}",
         "",
         "| | beside, ms | ours, ms | ours / beside | eager / ours | compiled / ours | oneDNN product / ours |",
         "|---|---|---|---|---|---|---|",
     ]
     memory = []
-    for row in content["rows"]:
+    for row in rows.values():
         if "batches" in row:
             figures = ", ".join(f"{name} {size:,}" for name, size in row["batches"].items())
             memory.append(f"| {row['op']} {row['name']} | {figures} |")

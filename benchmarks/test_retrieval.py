@@ -1,0 +1,90 @@
+"""Rows of search and evaluation: beside plain products in blocks, or one pass over the gallery's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks.harness import Row, measure
+from benchmarks.test_smooth_chamfer import unit_sets
+from setemb.evaluation import evaluate_retrieval
+from setemb_kernels import set_topk, smooth_chamfer
+
+BLOCK = 4096
+
+
+def codes_of(sets: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 and the scale of each vector."""
+    scale = sets.abs().amax(2) / 127
+    return (sets / scale[..., None]).round().to(torch.int8), scale
+
+
+@pytest.mark.parametrize("gallery", ["float32", "int8", "bfloat16"])
+def test_topk(benchmark: BenchmarkFixture, gallery: str) -> None:
+    """100 queries, 100,000 sets. The product has float32 operands, the rest of the search is left out."""
+    queries, sets = unit_sets(100, 4, 256, torch.float32, "cpu"), unit_sets(100_000, 4, 256, torch.float32, "cpu")
+    q_flat, g_flat = queries.flatten(0, 1), sets.flatten(0, 1)
+    stored: dict[str, Any] = {"gallery": sets.bfloat16() if gallery == "bfloat16" else sets}
+    if gallery == "int8":
+        stored["gallery"], stored["gallery_scale"] = codes_of(sets)
+
+    def product() -> None:
+        for start in range(0, len(g_flat), 4 * BLOCK):
+            q_flat @ g_flat[start : start + 4 * BLOCK].T
+
+    def plain() -> Tensor:
+        parts = [smooth_chamfer(queries, part) for part in sets.split(BLOCK)]
+        return torch.cat(parts, 1).topk(10).indices
+
+    ours: Callable[[], Any] = lambda: set_topk(queries, k=10, **stored)  # noqa: E731
+    row = Row("set_topk", f"100 queries x 100,000 {gallery} K4 D256 k10 cpu", 1.15, "product in blocks")
+    measure(
+        benchmark,
+        row,
+        ours=ours,
+        floor=product,
+        peers={"stored": plain} if gallery == "float32" else {},
+        operations=2.0 * 400 * 400_000 * 256,
+        rounds=7,
+    )
+    if gallery != "float32":
+        exact, found = plain(), ours().indices
+        hits = (exact[:, :, None] == found[:, None]).any(2).float().mean().item()
+        assert hits >= 0.95, hits
+
+
+def test_one_query(benchmark: BenchmarkFixture) -> None:
+    """One query, 1,000,000 sets: bound by reading the gallery, 1 GiB."""
+    query = unit_sets(1, 4, 128, torch.bfloat16, "cpu").float()
+    gallery = torch.cat([unit_sets(50_000, 4, 128, torch.bfloat16, "cpu") for _ in range(20)])
+    words = gallery.view(torch.int64).flatten()
+    row = Row("set_topk", "1 query x 1,000,000 bfloat16 K4 D128 k10 cpu", 2.0, "one read of the gallery")
+    measure(
+        benchmark,
+        row,
+        ours=lambda: set_topk(query, gallery, 10),
+        floor=lambda: words.sum(),
+        peers={},
+        operations=2.0 * 4 * 4_000_000 * 128,
+        rounds=7,
+    )
+
+
+def test_evaluation(benchmark: BenchmarkFixture) -> None:
+    images, captions = unit_sets(1000, 4, 256, torch.float32, "cpu"), unit_sets(5000, 4, 256, torch.float32, "cpu")
+    i_flat, c_flat = images.flatten(0, 1), captions.flatten(0, 1)
+    row = Row("evaluate_retrieval", "1,000 x 5,000 K4 D256 float32 cpu, both ways", None, "product")
+    measure(
+        benchmark,
+        row,
+        ours=lambda: evaluate_retrieval(images, captions),
+        floor=lambda: i_flat @ c_flat.T,
+        peers={},
+        operations=2.0 * 4000 * 20_000 * 256,
+        rounds=5,
+    )
