@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+import setemb.losses
 from setemb.evaluation import evaluate_retrieval
 from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.similarity import set_similarity
@@ -255,3 +256,21 @@ def test_ranks_in_folds_stand_in_the_order_of_the_captions():
 def test_evaluation_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate_retrieval(torch.ones(4, 1, 2), torch.ones(20, 1, 2), **arguments)
+
+
+def test_mmd_by_tiles_is_that_of_one_tile(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 2, 4), (7, 4)))
+    x[0, 0] = y[2]  # at distance 0 without being one vector
+    results = []
+    for tile in (1024, 1, 3):
+        monkeypatch.setattr(setemb.losses, "_TILE", tile)
+        leaves = [t.clone().requires_grad_() for t in (x, y)]
+        value = mmd_loss(*leaves)
+        results.append((value, *torch.autograd.grad(value, leaves)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    x = x.flatten(0, 1)
+    means = [torch.exp(-0.5 * (a[:, None] - b).norm(dim=2)).mean() for a, b in ((x, x), (y, y), (x, y))]
+    torch.testing.assert_close(results[0][0].detach(), means[0] + means[1] - 2 * means[2], rtol=1e-6, atol=1e-7)
