@@ -274,3 +274,16 @@ def test_mmd_by_tiles_is_that_of_one_tile(monkeypatch):
     x = x.flatten(0, 1)
     means = [torch.exp(-0.5 * (a[:, None] - b).norm(dim=2)).mean() for a, b in ((x, x), (y, y), (x, y))]
     torch.testing.assert_close(results[0][0].detach(), means[0] + means[1] - 2 * means[2], rtol=1e-12, atol=1e-12)
+
+
+def test_a_vector_is_at_no_distance_from_itself():
+    """In float32 |a|^2 + |a|^2 - 2 a.a of long vectors is not 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (10 * torch.randn(n, 64, generator=generator) for n in (6, 9))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, y)]
+        value = mmd_loss(*leaves)
+        results.append([t.double() for t in (value, *torch.autograd.grad(value, leaves))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * results[1][0].item())
