@@ -103,6 +103,18 @@ def sharpness(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
+def wide_result(name: str, value: torch.dtype | None, of_name: str, of: Tensor) -> bool:
+    """Whether a result is wanted in float32, not in the 16-bit type of `of` (under autocast it may become one)."""
+    if value is None or value == of.dtype:
+        return value == torch.float32
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype or None, got {type(value).__name__}")
+    if value != torch.float32 or of.dtype == torch.float64:
+        also = " or float32" if of.dtype.itemsize == 2 else ""
+        raise TypeError(f"{name}: expected {_dtype(of.dtype)} as of {of_name}{also}, got {_dtype(value)}")
+    return True
+
+
 def positive_and_finite(name: str, value: float) -> None:
     """`value` > 0, not NaN, not infinite."""
     if not 0 < value < math.inf:  # false for NaN; traceable, unlike math.isfinite

@@ -13,6 +13,11 @@ using torch::stable::detail::StableLibrary;
 void register_smooth_chamfer(StableLibrary& library);
 void register_slot_attention(StableLibrary& library);
 
+// What values of a type are accumulated in.
+inline ScalarType accumulated_in(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

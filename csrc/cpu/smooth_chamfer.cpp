@@ -57,7 +57,9 @@ class SmoothChamfer {
   // Whether products overflow T: then scores are made of x times 2^-exponent_.
   bool scaled() const { return exponent_ != 0; }
 
-  void forward(In* out) {
+  // Out: In or T.
+  template <class Out>
+  void forward(Out* out) {
     const int64_t x_part = Packed<P>::fitting(b_.x_count, Budget::x(), b_.x_outer());
     const int64_t y_part = Packed<P>::fitting(b_.y_count, Budget::y(), b_.y_outer());
     Packed<P> xs(x_part, b_.x_outer(), 0, 0), ys(y_part, b_.y_outer(), 0, b_.L * b_.y_sets);
@@ -128,9 +130,10 @@ class SmoothChamfer {
     std::vector<double> largest(N, 0.0);
     run_tasks(div_up(N, 16), [&](int64_t task, int64_t) {
       for (int64_t n = task * 16; n < std::min(N, task * 16 + 16); ++n) {
-        const In* g = static_cast<const In*>(grad.data) + n * grad.row_stride;
-        for (int64_t m = 0; m < M; ++m)
-          largest[n] = std::max<double>(largest[n], std::abs(to_float(g[m * grad.column_stride])));
+        with_gradient(grad, n, 0, [&](const auto* g) {
+          for (int64_t m = 0; m < M; ++m)
+            largest[n] = std::max<double>(largest[n], std::abs(to_float(g[m * grad.column_stride])));
+        });
       }
     });
     const double g = *std::max_element(largest.begin(), largest.end());
@@ -139,6 +142,13 @@ class SmoothChamfer {
   }
 
  private:
+  // Calls f with the address of an element of the upstream gradient, of type In or T.
+  template <class F>
+  static void with_gradient(StridedMatrix grad, int64_t n, int64_t m, const F& f) {
+    const int64_t offset = n * grad.row_stride + m * grad.column_stride;
+    grad.wide ? f(static_cast<const T*>(grad.data) + offset) : f(static_cast<const In*>(grad.data) + offset);
+  }
+
   // Elements of a tile of weights as it is kept for dY.
   int64_t tile_elements() const { return div_up(b_.rows, P::group) * b_.ld; }
 
@@ -215,7 +225,8 @@ class SmoothChamfer {
             s.sums.get()};
   }
 
-  void forward_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, Scratch<P>& s, In* out) const {
+  template <class Out>
+  void forward_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, Scratch<P>& s, Out* out) const {
     const ChamferTile<T> tile = score_tile(xs, x, ys, y, s, s.tile.get());
     ChamferEpilogue<T> epilogue(tile);
     const int64_t M = y_.batch.sets, first = y * b_.y_sets, width = std::min(b_.y_sets, M - first);
@@ -225,8 +236,8 @@ class SmoothChamfer {
             high = static_cast<T>(std::ldexp(1.0, exponent_ - exponent_ / 2));
     for (int64_t n = 0; n < tile.sets; ++n) {
       epilogue.similarity(n, line);
-      In* const row = out + (x * b_.x_sets + n) * M + first;
-      for (int64_t m = 0; m < width; ++m) row[m] = saturate<In>(line[m] * low * high);
+      Out* const row = out + (x * b_.x_sets + n) * M + first;
+      for (int64_t m = 0; m < width; ++m) row[m] = saturate<Out>(line[m] * low * high);
     }
   }
 
@@ -243,9 +254,9 @@ class SmoothChamfer {
     double sum = 0;
     std::fill_n(line, b_.y_sets, T(0));
     for (int64_t n = 0; n < tile.sets; ++n) {
-      const In* g =
-          static_cast<const In*>(grad.data) + (x * b_.x_sets + n) * grad.row_stride + first * grad.column_stride;
-      for (int64_t m = 0; m < width; ++m) line[m] = to_float(g[m * grad.column_stride]) * scale;
+      with_gradient(grad, x * b_.x_sets + n, first, [&](const auto* g) {
+        for (int64_t m = 0; m < width; ++m) line[m] = to_float(g[m * grad.column_stride]) * scale;
+      });
       entropy != nullptr ? epilogue.template weights<true>(n, line, sum)
                          : epilogue.template weights<false>(n, line, sum);
     }
@@ -360,10 +371,12 @@ void backward_as(ChamferProblem problem, StridedMatrix grad, ChamferGradients ou
 
 }  // namespace
 
-void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out) {
+void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out, bool wide) {
   with_type(dtype, [&](auto zero) {
     using In = decltype(zero);
-    with_policy<In>(problem, [&](auto& op) { op.forward(static_cast<In*>(out)); });
+    with_policy<In>(problem, [&](auto& op) {
+      wide ? op.forward(static_cast<AccOf<In>*>(out)) : op.forward(static_cast<In*>(out));
+    });
   });
 }
 

@@ -21,10 +21,11 @@ struct ChamferProblem {
   double alpha;
 };
 
-// A matrix [rows, columns] of any strides.
+// A matrix [rows, columns] of any strides; `wide`: of what sums are accumulated in, not of the type of the sets.
 struct StridedMatrix {
   const void* data;
   int64_t row_stride, column_stride;
+  bool wide;
 };
 
 // What the backward pass writes: contiguous [N, K, D] and [M, L, D], or null where not needed. alpha is ds/dalpha
@@ -35,8 +36,8 @@ struct ChamferGradients {
   double* alpha;
 };
 
-// out is contiguous [N, M].
-void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out);
+// out is contiguous [N, M], of dtype or, if `wide`, of what sums are accumulated in.
+void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out, bool wide);
 void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad,
                              const ChamferGradients& out);
 

@@ -36,11 +36,12 @@ struct ChamferArguments {
 };
 
 Tensor smooth_chamfer(const Tensor& x, const Tensor& y, const Tensor& alpha, const std::optional<Tensor>& x_mask,
-                      const std::optional<Tensor>& y_mask) {
+                      const std::optional<Tensor>& y_mask, bool wide) {
   const ChamferArguments args(x, y, alpha, x_mask, y_mask);
-  if (args.empty()) return torch::stable::new_zeros(x, {x.size(0), y.size(0)});
-  Tensor out = torch::stable::new_empty(x, {x.size(0), y.size(0)});
-  smooth_chamfer_forward(dtype_of(x), args.problem, out.mutable_data_ptr());
+  const ScalarType type = wide ? accumulated_in(x.scalar_type()) : x.scalar_type();
+  if (args.empty()) return torch::stable::new_zeros(x, {x.size(0), y.size(0)}, type);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), y.size(0)}, type);
+  smooth_chamfer_forward(dtype_of(x), args.problem, out.mutable_data_ptr(), wide);
   return out;
 }
 
@@ -58,7 +59,9 @@ std::tuple<Tensor, Tensor, Tensor> smooth_chamfer_backward_(const Tensor& grad, 
     double alpha_sum = 0;
     const ChamferGradients out = {need_x ? grad_x.mutable_data_ptr() : nullptr,
                                   need_y ? grad_y.mutable_data_ptr() : nullptr, need_alpha ? &alpha_sum : nullptr};
-    smooth_chamfer_backward(dtype_of(x), args.problem, {grad.data_ptr(), grad.stride(0), grad.stride(1)}, out);
+    smooth_chamfer_backward(dtype_of(x), args.problem,
+                            {grad.data_ptr(), grad.stride(0), grad.stride(1), grad.scalar_type() != x.scalar_type()},
+                            out);
     if (need_alpha) torch::stable::fill_(grad_alpha, alpha_sum);
   }
   return {grad_x, grad_y, grad_alpha};

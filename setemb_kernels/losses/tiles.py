@@ -43,8 +43,8 @@ class Sets(NamedTuple):
     def similarity(self, rows: slice, columns: slice) -> Tensor:
         """``[n, m]`` in `dtype`."""
         masks = [None if m is None else m[s] for m, s in ((self.x_mask, rows), (self.y_mask, columns))]
-        s: Tensor = torch.ops.setemb.smooth_chamfer(self.x[rows], self.y[columns], self.alpha, *masks)
-        return s.to(self.dtype)
+        s: Tensor = torch.ops.setemb.smooth_chamfer(self.x[rows], self.y[columns], self.alpha, *masks, True)
+        return s
 
     def positive(self, rows: slice, columns: slice) -> Tensor:
         """bool ``[n, m]``: which pairs of the tile belong together. Without groups, set i of x with set i of y."""
@@ -78,7 +78,7 @@ class Gradients:
         s = self.sets
         masks = [None if m is None else m[p] for m, p in ((s.x_mask, rows), (s.y_mask, columns))]
         x, y, alpha = torch.ops.setemb.smooth_chamfer_backward(
-            by_similarity.to(s.x.dtype), s.x[rows], s.y[columns], s.alpha, *masks, *self.needs
+            by_similarity, s.x[rows], s.y[columns], s.alpha, *masks, *self.needs
         )
         need_x, need_y, need_alpha = self.needs
         if need_x:

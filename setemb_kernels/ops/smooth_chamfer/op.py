@@ -28,6 +28,7 @@ def smooth_chamfer(
     alpha: float | Tensor = 16.0,
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Smooth-Chamfer similarity of every set of x with every set of y.
 
@@ -56,11 +57,13 @@ def smooth_chamfer(
         x_mask: bool ``[N, K]``, True = valid. A vector that is not valid does not exist, whatever it holds, and gets
             gradient 0.
         y_mask: bool ``[M, L]``, likewise.
+        out_dtype: of the result: None, the dtype of x, or float32 where x is of a 16-bit type. Its similarities are
+            computed in float32 and then not rounded; nor is the upstream gradient.
 
     Returns:
-        ``[N, M]`` in the dtype of x; 16-bit types are accumulated in float32. A pair in which one set has no valid
-        vector has similarity 0 and passes no gradient. Gradients flow to x, y and alpha, once: a second derivative
-        raises.
+        ``[N, M]`` in the dtype of x or `out_dtype`; 16-bit types are accumulated in float32. A pair in which one set
+        has no valid vector has similarity 0 and passes no gradient. Gradients flow to x, y and alpha, once:
+        a second derivative raises.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -69,13 +72,18 @@ def smooth_chamfer(
     """
     _check.similar_sets(x, y, x_mask, y_mask)
     sharpness = _check.sharpness("alpha", alpha, x.device)
-    result: Tensor = torch.ops.setemb.smooth_chamfer(x, y, sharpness, x_mask, y_mask)
+    wide = _check.wide_result("out_dtype", out_dtype, "x", x)
+    result: Tensor = torch.ops.setemb.smooth_chamfer(x, y, sharpness, x_mask, y_mask, wide)
     return result
 
 
-define(FORWARD, "(Tensor x, Tensor y, Tensor alpha, Tensor? x_mask=None, Tensor? y_mask=None) -> Tensor")
 define(
-    BACKWARD,
+    FORWARD,
+    # wide: the result is in what it was accumulated in
+    "(Tensor x, Tensor y, Tensor alpha, Tensor? x_mask=None, Tensor? y_mask=None, bool wide=False) -> Tensor",
+)
+define(
+    BACKWARD,  # grad: in the dtype of x, or in what it is accumulated in
     "(Tensor grad, Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask,"
     " bool need_x, bool need_y, bool need_alpha) -> (Tensor, Tensor, Tensor)",
 )
@@ -94,10 +102,17 @@ BACKENDS = OpBackends("smooth_chamfer", triton=_triton, triton_dtypes=(torch.flo
 
 
 @torch.library.impl(FORWARD, "CompositeExplicitAutograd")
-def _forward(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+def _forward(
+    x: Tensor,
+    y: Tensor,
+    alpha: Tensor,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    wide: bool = False,
+) -> Tensor:
     if alpha.device.type == "cpu":
         _check.positive_and_finite("alpha", float(alpha))
-    return BACKENDS.implementation(x, reference).forward(x, y, alpha, x_mask, y_mask)
+    return BACKENDS.implementation(x, reference).forward(x, y, alpha, x_mask, y_mask, wide)
 
 
 @torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
@@ -119,8 +134,15 @@ def _backward(
 
 
 @torch.library.register_fake(FORWARD)
-def _(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], y.shape[0])
+def _(
+    x: Tensor,
+    y: Tensor,
+    alpha: Tensor,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    wide: bool = False,
+) -> Tensor:
+    return x.new_empty(x.shape[0], y.shape[0], dtype=reference.accumulate_dtype(x.dtype) if wide else x.dtype)
 
 
 @torch.library.register_fake(BACKWARD)
@@ -146,7 +168,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,7 +178,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_y, grad_alpha = torch.ops.setemb.smooth_chamfer_backward(
         grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha
     )
-    return grad_x if need_x else None, grad_y if need_y else None, grad_alpha if need_alpha else None, None, None
+    return grad_x if need_x else None, grad_y if need_y else None, grad_alpha if need_alpha else None, None, None, None
 
 
 torch.library.register_autograd(FORWARD, _autograd, setup_context=_setup_context)

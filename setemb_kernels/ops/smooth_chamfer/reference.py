@@ -52,16 +52,19 @@ class _Operands(NamedTuple):
     exponent: Tensor  # [] int: true score = score * 2^exponent
 
 
-def forward(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
-    """The similarity ``[N, M]``, in the dtype of x. See `op.smooth_chamfer`."""
+def forward(
+    x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, wide: bool = False
+) -> Tensor:
+    """The similarity ``[N, M]``, in the dtype of x or, if `wide`, in what it was accumulated in. See
+    `op.smooth_chamfer`."""
     args = _prepare(x, y, alpha, x_mask, y_mask)
-    out = x.new_empty(x.shape[0], y.shape[0])
+    out = x.new_empty(x.shape[0], y.shape[0], dtype=accumulate_dtype(x.dtype) if wide else x.dtype)
     for rows, c, valid in _score_blocks(args):
         by_row = torch.where(args.x_mask[rows, None, :], _soft_maximum(c, valid, args, dim=3), 0)  # [n, M, K]
         by_column = torch.where(args.y_mask[None], _soft_maximum(c, valid, args, dim=2), 0)  # [n, M, L]
         s = (by_row * args.x_weight[rows, None, None]).sum(2) + (by_column * args.y_weight[:, None]).sum(2)
         s = torch.where((args.x_weight[rows, None] > 0) & (args.y_weight > 0), s, 0)
-        out[rows] = _saturate(_ldexp(s, args.exponent), x.dtype)
+        out[rows] = _saturate(_ldexp(s, args.exponent), out.dtype)
     return out
 
 

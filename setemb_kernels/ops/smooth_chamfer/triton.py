@@ -133,19 +133,22 @@ def _config(K: int, L: int, dtype: torch.dtype, arch: int, rows: int, shifted: b
 # --- host
 
 
-def forward(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
-    """The similarity ``[N, M]``, in the dtype of x. See `op.smooth_chamfer`."""
+def forward(
+    x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, wide: bool = False
+) -> Tensor:
+    """The similarity ``[N, M]``, in the dtype of x or, if `wide`, in float32. See `op.smooth_chamfer`."""
     (N, K), (M, L) = x.shape[:2], y.shape[:2]
+    dtype = torch.float32 if wide else x.dtype
     if 0 in (N, M, K, L):
-        return x.new_zeros(N, M)
+        return x.new_zeros(N, M, dtype=dtype)
     with torch.cuda.device_of(x):
         call = _Call(x, y, alpha, x_mask, y_mask, forward_config)
-        out = x.new_empty(N, M)
+        out = x.new_empty(N, M, dtype=dtype)
         for shifted, config in enumerate(call.configs):
             tiles = call.tiles(config, len(call.x.rows), len(call.y.rows))
             kernels.forward_kernel[call.grid(config, *tiles)](
                 *call.operands(config), out, call.alpha, N, M, call.features, call.x.sets, call.y.sets, *tiles,
-                SHIFTED=bool(shifted), LIMIT=torch.finfo(x.dtype).max, **call.constants, **config.launch(),
+                SHIFTED=bool(shifted), LIMIT=torch.finfo(dtype).max, **call.constants, **config.launch(),
             )  # fmt: skip
     return out
 

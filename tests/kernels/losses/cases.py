@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from setemb_kernels import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
+from setemb_kernels.losses import pairs, tiles, triplet
+from tests.kernels.judge import judge
 
 
 @dataclass(frozen=True)
@@ -158,3 +162,56 @@ def with_gradients(
     gradients = torch.autograd.grad(1.7 * loss, list(named.values()), allow_unused=True)
     results = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(named.items(), gradients, strict=True)}
     return {"loss": loss.detach(), **{f"{n}.grad": g for n, g in results.items()}}
+
+
+def cut_finely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every case be made of many tiles."""
+    monkeypatch.setattr(tiles, "TILE", 6)
+    monkeypatch.setattr(triplet, "_CHUNK", 5)
+    monkeypatch.setattr(pairs, "CHUNK_ELEMENTS", 64)
+
+
+def check(loss: Loss, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Run one case and compare the loss and its gradients with stored similarities in float64.
+
+    Next to 16-bit sets eager computes in float32, as the losses do: only the gradients of the sets are of 16 bits.
+    """
+    arguments = case.build(dtype)
+    double, single = (
+        {n: v.to(t) if v.is_floating_point() else v for n, v in arguments.items()}
+        for t in (torch.float64, torch.float32)
+    )
+    got = with_gradients(loss.run, {n: v if n == "alpha" else v.to(device) for n, v in arguments.items()}, loss.scalars)
+    truth = with_gradients(loss.eager, double, loss.scalars)
+    plain = with_gradients(loss.eager, single, loss.scalars)
+    assert got["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    condition, sizes = conditioning(loss, double)
+    for key, value in got.items():
+        if dtype == torch.float64:
+            size = sizes.get(key, 1.0)
+            torch.testing.assert_close(value.cpu(), truth[key], rtol=1e-13 * condition, atol=1e-14 * condition * size)
+            continue
+        own = dtype if key in ("x.grad", "y.grad") else torch.float32
+        size = sizes.get(key, truth[key].abs().max().item() if truth[key].numel() else 0.0)
+        extra = 4 * torch.finfo(torch.float32).eps * size * condition
+        where = f"{case.name}, {loss.options}, {dtype}, {key}"
+        judge(where, value, truth[key], [plain[key]], plain[key], own, extra=extra)
+
+
+def conditioning(loss: Loss, arguments: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """The largest logit, at least 1, whose rounding is a relative error of its exponential. And for what is a sum over
+    all pairs that may cancel, the sum of its terms' sizes."""
+    s, positive = stored_similarity(**arguments)
+    s.requires_grad_()
+    numbers = {n: torch.tensor(v, dtype=torch.float64) for n, v in loss.scalars.items()}
+    (g,) = torch.autograd.grad(loss.stored(s, positive, **numbers, **loss.options), s)
+    alpha, factor = arguments["alpha"], loss.scalars.get("scale", 1 / loss.scalars.get("temperature", 1.0))
+    entropy = math.log(max(arguments["x"].shape[1], arguments["y"].shape[1]))
+    sizes = {
+        "loss": 1.0,
+        "alpha.grad": (g.abs().sum() * entropy / alpha.square()).item(),
+        "temperature.grad": (g * s).abs().sum().item() * factor,
+        "scale.grad": (g * s).abs().sum().item() / factor,
+        "bias.grad": g.abs().sum().item() / factor,
+    }
+    return (max(1.0, s.abs().max().item() * factor) if s.numel() else 1.0), sizes

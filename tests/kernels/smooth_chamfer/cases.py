@@ -205,10 +205,10 @@ def _eager_in_another_order(i: Inputs, seed: int) -> tuple[Tensor, Tensor, Tenso
     return s[n][:, m], x_grad[n][..., d], y_grad[m][..., d], alpha_grad
 
 
-def reference_results(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reference_results(i: Inputs, wide: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference in the dtype of the inputs."""
     args = (i.x, i.y, i.alpha, i.x_mask, i.y_mask)
-    return reference.forward(*args), *reference.backward(i.grad, *args, True, True, True)
+    return reference.forward(*args, wide), *reference.backward(i.grad, *args, True, True, True)
 
 
 def _double(i: Inputs) -> Inputs:
@@ -240,3 +240,27 @@ def check(run: Run, case: Case, dtype: torch.dtype, device: str = "cpu", seed: i
             # judge itself rounds each of them in float64.
             extra=2 * torch.finfo(torch.float64).eps * terms if name == "alpha.grad" else 0.0,
         )
+
+
+def check_wide(run: Run, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """16-bit sets, and a similarity in float32 that is as near to the truth as eager's of the same values in float32.
+
+    The upstream gradient is of float32 too; those of x and y are rounded to `dtype`, as in `check`.
+    """
+    inputs = case.build(dtype, device)
+    inputs = inputs._replace(grad=inputs.grad.float() * (1 + 2**-12))  # which 16 bits cannot hold
+    s, x_grad, y_grad, alpha_grad = run(inputs)
+    assert (s.dtype, x_grad.dtype, y_grad.dtype) == (torch.float32, dtype, dtype)
+    truths = reference_results(_double(inputs))
+    single = Inputs(*(v.float() if v is not None and v.is_floating_point() else v for v in inputs))
+    plain = [_eager_in_another_order(single, order) for order in range(3)]
+    ours = reference_results(single)
+    where = f"{case.name}, {dtype} in, float32 out"
+    judge(f"{where}, similarity", s, truths[0], [p[0] for p in plain], ours[0], torch.float32, saturates=True)
+    narrow = [_eager_in_another_order(inputs._replace(grad=inputs.grad.to(dtype)), order) for order in range(3)]
+    for name, i, got in (("x.grad", 1, x_grad), ("y.grad", 2, y_grad)):
+        judge(f"{where}, {name}", got, truths[i], [p[i] for p in narrow], ours[i].to(dtype), dtype)
+    terms = reference_results(_double(inputs)._replace(grad=inputs.grad.double().abs()))[3].abs().item()
+    extra = 2 * torch.finfo(torch.float64).eps * terms
+    narrow_alpha = [p[3] for p in narrow]
+    judge(f"{where}, alpha.grad", alpha_grad, truths[3], narrow_alpha, ours[3], dtype, extra=extra)

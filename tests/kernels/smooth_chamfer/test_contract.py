@@ -64,6 +64,8 @@ def test_opcheck() -> None:
     x, y, alpha, x_mask, y_mask = masked_arguments()
     torch.library.opcheck(torch.ops.setemb.smooth_chamfer.default, (x, y, alpha, x_mask, y_mask))
     torch.library.opcheck(torch.ops.setemb.smooth_chamfer.default, (x.detach(), y, alpha.detach()))
+    narrow = (x.detach().bfloat16(), y.detach().bfloat16(), alpha.detach(), x_mask, y_mask, True)
+    torch.library.opcheck(torch.ops.setemb.smooth_chamfer.default, narrow)
     backward = (sets(3, 4), x, y, alpha, x_mask, y_mask, True, False, True)
     # differentiating the backward op raises (test_second_derivative_raises), so only schema and fake are checked
     torch.library.opcheck(
@@ -118,6 +120,14 @@ def test_autocast_casts_like_a_matrix_product() -> None:
     assert x.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_a_float32_result_unrounded() -> None:
+    x, y = sets(5, 4, 32, dtype=torch.float32), sets(6, 4, 32, dtype=torch.float32, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s = smooth_chamfer(x, y, out_dtype=torch.float32)
+    assert torch.equal(s, smooth_chamfer(x.bfloat16(), y.bfloat16(), out_dtype=torch.float32))
+    assert not torch.equal(s, s.bfloat16().float())
+
+
 def test_second_derivative_raises() -> None:
     x, y = sets(3, 2, 5), sets(4, 3, 5, seed=1)
     (gradient,) = torch.autograd.grad(smooth_chamfer(x, y).sum(), x, create_graph=True)
@@ -155,6 +165,12 @@ ERRORS = {
     ),
     "alpha a string": (TypeError, "alpha: expected a number", {"alpha": "16"}),
     "alpha a vector": (ValueError, "alpha: expected a number or a tensor of 0 dimensions", {"alpha": torch.ones(1)}),
+    "out_dtype no dtype": (TypeError, "out_dtype: expected a torch.dtype or None, got str", {"out_dtype": "float32"}),
+    "out_dtype narrower": (
+        TypeError,
+        "out_dtype: expected float32 as of x, got bfloat16",
+        {"out_dtype": torch.bfloat16},
+    ),
     "alpha of integers": (TypeError, "alpha: expected a floating dtype", {"alpha": torch.tensor(16)}),
 }
 

@@ -18,7 +18,7 @@ from setemb_kernels import _triton  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton_kernels  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
-from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, reference_results  # noqa: E402
+from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, check_wide, reference_results  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
@@ -34,6 +34,16 @@ def run(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("case", "dtype"), TABLE)
 def test_table(case: Case, dtype: torch.dtype) -> None:
     check(run, case, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("name", ["odd sizes", "larger than a tile", "empty sets among others", "alpha 1e4", "no x"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+def test_16_bit_in_float32_out(name: str, dtype: torch.dtype) -> None:
+    def wide(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        arguments = (i.x, i.y, i.alpha, i.x_mask, i.y_mask)
+        return backend.forward(*arguments, wide=True), *backend.backward(i.grad, *arguments, True, True, True)
+
+    check_wide(wide, NAMED[name], dtype, DEVICE)
 
 
 @pytest.mark.parametrize("name", ["larger than a tile", "empty sets among others", "overflowing products", "D 1031"])
