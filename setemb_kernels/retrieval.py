@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _check
+from setemb_kernels.ops.smooth_chamfer import mixed
 
 CHUNK = 1024
-"""Sets on either side of a tile."""
+"""Sets on either side of a tile. Next to fewer queries it takes more of the gallery, up to the same size in all."""
+
+LONGEST = 1 << 16
+"""The most sets of a gallery in a tile."""
 
 
 class TopK(NamedTuple):
@@ -38,19 +42,18 @@ def set_topk(
     """The k sets of a gallery that are most similar to each query: exactly those that sorting all similarities finds.
 
     Memory beyond the results: a few times a tile of ``chunk x chunk`` similarities (ten times, where most of them are
-    equal) and, where the gallery has another dtype than similarities are computed in, ``chunk`` of its sets. The
-    gallery is read once for every ``chunk`` queries, front to back, so it may be mapped from a file.
+    equal) and, where the gallery has another dtype than similarities are computed in, 16 MiB of its sets. The gallery
+    is read once for every ``chunk`` queries, front to back, so it may be mapped from a file.
 
     Args:
         queries: ``[N, K, D]`` float32, bfloat16, float16 or float64.
         gallery: ``[M, L, D]`` of any of these dtypes, or int8; on the device of the queries or on the CPU. A gallery of
-            another dtype is converted, chunk by chunk: similarities are computed in float32, float64 if the queries
-            are.
+            another dtype is converted as it is read: similarities are computed in float32, float64 if the queries are.
         k: how many, ``1 <= k <= M``.
         alpha: sharpness of the similarity (see `smooth_chamfer`), > 0.
         query_mask, gallery_mask: bool ``[N, K]`` and ``[M, L]``, True = valid.
         gallery_scale: ``[M, L]``: a vector of the gallery is this number times its entries; int8 needs it.
-        chunk: sets on either side of a tile; `CHUNK` unless given.
+        chunk: sets on either side of a tile; unless given `CHUNK`, and more of the gallery where queries are few.
 
     Returns:
         Values ``[N, k]``, in descending order, in the dtype they are computed in, and indices int64 ``[N, k]``. Among
@@ -184,24 +187,25 @@ class _Search:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.x, self.y, self.x_mask, self.y_mask, self.y_scale = x, y, x_mask, y_mask, y_scale
-        self.alpha, self.chunk = _check.sharpness("alpha", alpha, x.device), chunk or CHUNK
+        self.alpha = _check.sharpness("alpha", alpha, x.device)
+        self.rows = chunk or CHUNK
+        self.columns = chunk or min(max(CHUNK, CHUNK * CHUNK // max(len(x), 1)), LONGEST)
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """All tiles, rows outermost."""
-        for rows in self._pieces(len(self.x)):
-            for columns in self._pieces(len(self.y)):
+        for rows in _pieces(len(self.x), self.rows):
+            for columns in _pieces(len(self.y), self.columns):
                 yield rows, columns
 
     def similarity(self, rows: slice, columns: slice) -> Tensor:
         """``[n, m]`` in `dtype`, on the device of x."""
-        x, y = self.x[rows].to(self.dtype), self.y[columns].to(self.x.device, self.dtype)
-        if self.y_scale is not None:
-            y = y * self.y_scale[columns].to(self.x.device, self.dtype)[..., None]
+        x, y = self.x[rows].to(self.dtype), self.y[columns].to(self.x.device)
+        y_scale = None if self.y_scale is None else self.y_scale[columns].to(self.x.device, self.dtype)
         x_mask = None if self.x_mask is None else self.x_mask[rows]
         y_mask = None if self.y_mask is None else self.y_mask[columns].to(self.x.device)
         with torch.autocast(x.device.type, enabled=False):
-            s: Tensor = torch.ops.setemb.smooth_chamfer(x, y, self.alpha, x_mask, y_mask)
-        return s
+            return mixed.similarity(x, y, self.alpha, x_mask, y_mask, y_scale)
 
-    def _pieces(self, count: int) -> Iterator[slice]:
-        return (slice(first, min(first + self.chunk, count)) for first in range(0, count, self.chunk))
+
+def _pieces(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))

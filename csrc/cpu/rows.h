@@ -76,32 +76,84 @@ inline Vec<T> sums_of_lanes(Vec<T>* v) {
   }
 }
 
+// kLanes<T> values of another type as T. (GCC's own conversion of vectors goes through scalars here.)
+template <class T, class B>
+inline Vec<T> load_as(const B* p) {
+  if constexpr (std::is_same_v<T, B>) {
+    return load(p);
+  } else {
+    static_assert(std::is_same_v<T, float>);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<B, int8_t>) {
+      return (Vec<T>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    } else {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      if constexpr (std::is_same_v<B, float16_t>) return (Vec<T>)_mm512_cvtph_ps(bits);
+      return (Vec<T>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    }
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<B, int8_t>) {
+      return (Vec<T>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    } else {
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      if constexpr (std::is_same_v<B, float16_t>) return (Vec<T>)_mm256_cvtph_ps(bits);
+      return (Vec<T>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+    }
+#else
+    Vec<T> v;
+    for (int i = 0; i < kLanes<T>; ++i) v[i] = to_float(p[i]);
+    return v;
+#endif
+  }
+}
+
+// The first n < kLanes of them, then zeros.
+template <class T, class B>
+inline Vec<T> load_part_as(const B* p, int64_t n) {
+  B values[kLanes<T>] = {};
+  std::memcpy(values, p, n * sizeof(B));
+  return load_as<T>(values);
+}
+
+// Lane r * kDotColumns + c is a_r . b_c, for kDotRows rows of a and kDotColumns of b.
+template <class T, class B>
+inline Vec<T> dot_tile(const T* const* a, const B* const* b, int64_t features) {
+  constexpr int rows = kDotRows<T>, columns = kDotColumns<T>, lanes = kLanes<T>;
+  const T* ra[rows];
+  const B* rb[columns];
+  for (int r = 0; r < rows; ++r) ra[r] = a[r];
+  for (int c = 0; c < columns; ++c) rb[c] = b[c];
+  Vec<T> acc[lanes] = {};
+  int64_t d = 0;
+  const auto step = [&](auto read_a, auto read_b) {
+    Vec<T> bv[columns];
+#pragma GCC unroll 4
+    for (int c = 0; c < columns; ++c) bv[c] = read_b(rb[c] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T> av = read_a(ra[r] + d);
+#pragma GCC unroll 4
+      for (int c = 0; c < columns; ++c) acc[r * columns + c] += av * bv[c];
+    }
+  };
+  for (; d + lanes <= features; d += lanes) {
+    step([](const T* p) { return load(p); }, [](const B* p) { return load_as<T>(p); });
+  }
+  if (d < features) {
+    const int64_t n = features - d;
+    step([&](const T* p) { return load_part(p, n); }, [&](const B* p) { return load_part_as<T>(p, n); });
+  }
+  return sums_of_lanes<T>(acc);
+}
+
 // out[i * ld + j] = a_i . b_j. Both lists are padded; so are rows and columns of out.
 template <class T>
 void dots(const T* const* a, int64_t a_count, const T* const* b, int64_t b_count, int64_t features, T* out,
           int64_t ld) {
-  constexpr int A = kDotRows<T>, B = kDotColumns<T>, lanes = kLanes<T>;
+  constexpr int A = kDotRows<T>, B = kDotColumns<T>;
   for (int64_t j = 0; j < b_count; j += B) {
     for (int64_t i = 0; i < a_count; i += A) {
-      const T *ra[A], *rb[B];
-      for (int r = 0; r < A; ++r) ra[r] = a[i + r];
-      for (int r = 0; r < B; ++r) rb[r] = b[j + r];
-      Vec<T> acc[lanes] = {};
-      int64_t d = 0;
-      const auto step = [&](auto read) {
-        Vec<T> bv[B];
-#pragma GCC unroll 4
-        for (int c = 0; c < B; ++c) bv[c] = read(rb[c] + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < A; ++r) {
-          const Vec<T> av = read(ra[r] + d);
-#pragma GCC unroll 4
-          for (int c = 0; c < B; ++c) acc[r * B + c] += av * bv[c];
-        }
-      };
-      for (; d + lanes <= features; d += lanes) step([](const T* p) { return load(p); });
-      if (d < features) step([&](const T* p) { return load_part(p, features - d); });
-      const Vec<T> sums = sums_of_lanes<T>(acc);
+      const Vec<T> sums = dot_tile<T>(a + i, b + j, features);
       for (int r = 0; r < A; ++r)
         std::memcpy(out + (i + r) * ld + j, reinterpret_cast<const T*>(&sums) + r * B, B * sizeof(T));
     }

@@ -178,6 +178,7 @@ struct float16_t {
 };
 
 inline float to_float(float v) { return v; }
+inline float to_float(int8_t v) { return v; }
 inline double to_float(double v) { return v; }
 
 inline float to_float(bfloat16_t v) {

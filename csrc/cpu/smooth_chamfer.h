@@ -41,4 +41,11 @@ void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* ou
 void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad,
                              const ChamferGradients& out);
 
+// What y may be stored in where it is only searched; int8 has a scale for each vector.
+enum class StoredType { kFloat32, kBFloat16, kFloat16, kInt8 };
+
+// The similarity in float32 of x, float32, with y of another type; a vector of y is y_scale (contiguous [sets,
+// vectors], or null) times its entries. out is contiguous [N, M].
+void smooth_chamfer_mixed(StoredType y_type, const ChamferProblem& problem, const float* y_scale, float* out);
+
 }  // namespace setemb

@@ -45,6 +45,36 @@ Tensor smooth_chamfer(const Tensor& x, const Tensor& y, const Tensor& alpha, con
   return out;
 }
 
+StoredType stored_type(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return StoredType::kFloat32;
+    case ScalarType::BFloat16:
+      return StoredType::kBFloat16;
+    case ScalarType::Half:
+      return StoredType::kFloat16;
+    case ScalarType::Char:
+      return StoredType::kInt8;
+    default:
+      throw std::invalid_argument("y: expected float32, bfloat16, float16 or int8");
+  }
+}
+
+Tensor smooth_chamfer_mixed_(const Tensor& x, const Tensor& y, const Tensor& alpha, const std::optional<Tensor>& x_mask,
+                             const std::optional<Tensor>& y_mask, const std::optional<Tensor>& y_scale) {
+  if (x.scalar_type() != ScalarType::Float) throw std::invalid_argument("x: expected float32");
+  const ChamferArguments args(x, y, alpha, x_mask, y_mask);
+  const std::optional<Tensor> scale = contiguous(y_scale);
+  if (scale.has_value() && scale->scalar_type() != ScalarType::Float)
+    throw std::invalid_argument("y_scale: expected float32");
+  if (args.empty()) return torch::stable::new_zeros(x, {x.size(0), y.size(0)});
+  Tensor out = torch::stable::new_empty(x, {x.size(0), y.size(0)});
+  smooth_chamfer_mixed(stored_type(y), args.problem,
+                       scale.has_value() ? static_cast<const float*>(scale->data_ptr()) : nullptr,
+                       static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> smooth_chamfer_backward_(const Tensor& grad, const Tensor& x, const Tensor& y,
                                                             const Tensor& alpha, const std::optional<Tensor>& x_mask,
                                                             const std::optional<Tensor>& y_mask, bool need_x,
@@ -71,6 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> smooth_chamfer_backward_(const Tensor& grad, 
 
 void register_smooth_chamfer(StableLibrary& library) {
   library.impl("smooth_chamfer", TORCH_BOX(&smooth_chamfer));
+  library.impl("smooth_chamfer_mixed", TORCH_BOX(&smooth_chamfer_mixed_));
   library.impl("smooth_chamfer_backward", TORCH_BOX(&smooth_chamfer_backward_));
 }
 

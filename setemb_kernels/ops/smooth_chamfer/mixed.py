@@ -1,0 +1,58 @@
+"""Smooth-Chamfer of sets with sets stored in another type, for search: forward only, the similarity in float32.
+
+The C++ kernel decodes as it reads (``csrc/cpu/smooth_chamfer_mixed.cpp``); where none serves, a part of y at a time is
+decoded and goes through ``setemb::smooth_chamfer``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from setemb_kernels._library import define
+from setemb_kernels.ops.smooth_chamfer import op  # noqa: F401  (defines setemb::smooth_chamfer)
+
+FORWARD = "setemb::smooth_chamfer_mixed"
+PART_ELEMENTS = 1 << 22
+"""Elements of y that are decoded at a time."""
+
+define(FORWARD, "(Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask, Tensor? y_scale) -> Tensor")
+
+
+def similarity(
+    x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, y_scale: Tensor | None
+) -> Tensor:
+    """The similarity ``[N, M]`` of x, float32 or float64, with y of any dtype, in the dtype of x.
+
+    Arguments are those of `op.smooth_chamfer`, checked. y may also be of int8; ``y_scale [M, L]``, of the dtype of x,
+    says what its vectors are multiplied by.
+    """
+    if x.dtype == torch.float32 and y.dtype != torch.float64:
+        result: Tensor = torch.ops.setemb.smooth_chamfer_mixed(x, y, alpha, x_mask, y_mask, y_scale)
+        return result
+    return _decoded(x, y, alpha, x_mask, y_mask, y_scale)
+
+
+def _decoded(
+    x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, y_scale: Tensor | None
+) -> Tensor:
+    out = x.new_empty(len(x), len(y))
+    step = max(1, PART_ELEMENTS // max(1, y.shape[1] * y.shape[2]))
+    for first in range(0, len(y), step):
+        part = slice(first, first + step)
+        decoded = y[part].to(x.dtype)
+        if y_scale is not None:
+            decoded = decoded * y_scale[part, :, None]
+        mask = None if y_mask is None else y_mask[part]
+        out[:, part] = torch.ops.setemb.smooth_chamfer(x, decoded, alpha, x_mask, mask)
+    return out
+
+
+torch.library.impl(FORWARD, "CompositeExplicitAutograd")(_decoded)
+
+
+@torch.library.register_fake(FORWARD)
+def _(
+    x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, y_scale: Tensor | None
+) -> Tensor:
+    return x.new_empty(x.shape[0], y.shape[0])
