@@ -49,7 +49,7 @@ TABLE = [
 
 @pytest.mark.parametrize("rows", ["few", "all"])
 @pytest.mark.parametrize(("case", "dtype"), TABLE)
-def test_op_mixed(case: Case, dtype: torch.dtype, rows: str) -> None:
+def test_mixed_op(case: Case, dtype: torch.dtype, rows: str) -> None:
     decoded, arguments = operands(case, dtype, rows)
     got = torch.ops.setemb.smooth_chamfer_mixed(*arguments)
     double = Inputs(*(v.double() if v is not None and v.is_floating_point() else v for v in decoded))
