@@ -150,6 +150,14 @@ SETEMB_DEVICE float reciprocal_fast(float v) {
 #endif
 }
 
+// v, of which the compiler knows nothing: what is computed from it is computed anew, rather than kept in registers.
+SETEMB_DEVICE float opaque(float v) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+f"(v));
+#endif
+  return v;
+}
+
 // --- where a thread is
 
 SETEMB_DEVICE int thread_index() {

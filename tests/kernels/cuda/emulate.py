@@ -99,6 +99,20 @@ class Emulator:
             raise EmulationError(message.value.decode())
 
 
+class View(ctypes.Structure):
+    """A tensor with its sizes and strides: see tensors.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("sizes", ctypes.c_int64 * 4), ("strides", ctypes.c_int64 * 4))
+
+
+def view(t: Tensor | None) -> Any:
+    """What a function that takes a View is passed; null for None."""
+    if t is None:
+        return ctypes.c_void_p(None)
+    four = ctypes.c_int64 * 4
+    return ctypes.pointer(View(t.data_ptr(), four(*t.shape), four(*t.stride())))
+
+
 def _argument(value: Any) -> Any:
     if value is None or isinstance(value, Tensor):
         return ctypes.c_void_p(None if value is None else value.data_ptr())

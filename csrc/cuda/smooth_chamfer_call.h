@@ -1,0 +1,116 @@
+// From tensors to the arguments of kernels. A template of the tensor's type: torch's stable one in the binding, a
+// plain view in the emulator, so that both run this code. Tensors were allocated by
+// setemb_kernels/ops/smooth_chamfer/cuda.py, which checked sizes and dtypes.
+#pragma once
+
+#include <optional>
+
+#include "smooth_chamfer_launch.h"
+
+namespace setemb::cuda {
+
+template <class T, class Tensor>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(const_cast<void*>(static_cast<const void*>(t.data_ptr())));
+}
+template <class T, class Tensor>
+T* data_of(const std::optional<Tensor>& t) {
+  return t.has_value() ? data_of<T>(*t) : nullptr;
+}
+
+// sets, of one array after the other: weights and exponents [sets], peaks [groups]
+struct Stats {
+  float *weight, *exponent, *peak;
+};
+template <class Tensor>
+Stats stats_of(const Tensor& stats, int64_t groups, int slots) {
+  float* first = data_of<float>(stats);
+  const int64_t sets = groups * (kGroup / slots);
+  return {first, first + sets, first + 2 * sets};
+}
+
+// A packed operand as cuda.py keeps it: rows [groups * 64, features], valid [groups, 2], stats [2 * sets + groups].
+template <class Tensor>
+Operand operand_of(const Tensor& rows, const Tensor& valid, const Tensor& stats, int64_t sets, int slots) {
+  const int64_t groups = rows.size(0) / kGroup;
+  const Stats s = stats_of(stats, groups, slots);
+  return {data_of<const void>(rows), data_of<const uint32_t>(valid), s.weight, s.exponent, s.peak, sets,
+          static_cast<int>(groups)};
+}
+
+inline int ceil_log2(int64_t v) {
+  int e = 0;
+  while ((int64_t{1} << e) < v) ++e;
+  return e;
+}
+
+template <class Tensor>
+void pack(const Tensor& v, const std::optional<Tensor>& mask, const Tensor& rows, const Tensor& valid,
+          const Tensor& stats, int64_t slots, Arithmetic arithmetic, Stream stream) {
+  const int64_t groups = rows.size(0) / kGroup;
+  const Stats s = stats_of(stats, groups, static_cast<int>(slots));
+  PackParams p = {};
+  p.v = data_of<const void>(v);
+  p.mask = data_of<const uint8_t>(mask);
+  p.packed = data_of<void>(rows);
+  p.valid = data_of<uint32_t>(valid);
+  p.weight = s.weight, p.exponent = s.exponent, p.peak = s.peak;
+  p.stride_n = v.stride(0), p.stride_k = v.stride(1), p.stride_d = v.stride(2);
+  if (mask.has_value()) p.mask_stride_n = mask->stride(0), p.mask_stride_k = mask->stride(1);
+  p.N = v.size(0), p.K = static_cast<int>(v.size(1)), p.D = static_cast<int>(v.size(2));
+  p.slots = static_cast<int>(slots), p.features = static_cast<int>(rows.size(1));
+  p.largest_exponent = (124 - ceil_log2(rows.size(1))) / 2;
+  p.round_to_tf32 = arithmetic == Arithmetic::kTf32;
+  launch_pack(arithmetic, p, groups, stream);
+}
+
+template <class Tensor>
+void unpack(const Tensor& sums, const std::optional<Tensor>& mask, const Tensor& stats, const Tensor& exponents,
+            const Tensor& out, int64_t groups, int64_t first, int64_t last, int64_t slots, Arithmetic arithmetic,
+            Stream stream) {
+  UnpackParams p = {};
+  p.sums = data_of<const float>(sums);
+  p.mask = data_of<const uint8_t>(mask);
+  p.exponent = stats_of(stats, groups, static_cast<int>(slots)).exponent;
+  p.shift = data_of<const int32_t>(exponents);
+  p.out = data_of<void>(out);
+  if (mask.has_value()) p.mask_stride_n = mask->stride(0), p.mask_stride_k = mask->stride(1);
+  p.N = out.size(0), p.first = first, p.last = last;
+  p.K = static_cast<int>(out.size(1)), p.D = static_cast<int>(out.size(2));
+  p.slots = static_cast<int>(slots), p.features = static_cast<int>(sums.size(1));
+  launch_unpack(arithmetic, p, stream);
+}
+
+template <class Tensor>
+TileParams tile_params(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats, const Tensor& y_rows,
+                       const Tensor& y_valid, const Tensor& y_stats, const Tensor& pairs, double alpha,
+                       const std::optional<Tensor>& device_alpha, int64_t x_slots, int64_t y_slots) {
+  return {operand_of(x_rows, x_valid, x_stats, pairs.size(0), static_cast<int>(x_slots)),
+          operand_of(y_rows, y_valid, y_stats, pairs.size(1), static_cast<int>(y_slots)),
+          static_cast<int>(x_rows.size(1)), alpha > kLargest ? kLargest : static_cast<float>(alpha),
+          data_of<const float>(device_alpha)};
+}
+
+// `run` launches the kernel of the arithmetic, from the file where it is compiled.
+template <class Tensor, class Run>
+void forward(const TileParams& tile, const Tensor& out, const Run& run) {
+  run(ForwardParams{tile, data_of<void>(out), out.stride(0), out.stride(1)});
+}
+
+template <class Tensor, class Run>
+void weights(const TileParams& tile, const Tensor& grad, const Tensor& exponents, const std::optional<Tensor>& chunk,
+             const std::optional<Tensor>& alpha_parts, int64_t x_first, int64_t y_first, int64_t x_groups,
+             int64_t y_groups, const Run& run) {
+  WeightParams p = {};
+  p.tile = tile;
+  p.grad = data_of<const void>(grad);
+  p.stride_n = grad.stride(0), p.stride_m = grad.stride(1);
+  p.exponents = data_of<const int32_t>(exponents);
+  p.chunk = data_of<void>(chunk);
+  p.alpha_parts = data_of<float>(alpha_parts);
+  p.x_first = static_cast<int>(x_first), p.y_first = static_cast<int>(y_first);
+  p.x_groups = static_cast<int>(x_groups), p.y_groups = static_cast<int>(y_groups);
+  run(p);
+}
+
+}  // namespace setemb::cuda
