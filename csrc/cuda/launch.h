@@ -11,16 +11,14 @@
 #include "emulator.h"
 #endif
 
+#include "stream.h"
+
 namespace setemb::cuda {
 
 #if defined(__CUDACC__)
-using Stream = cudaStream_t;
-
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
-#else
-using Stream = void*;
 #endif
 
 // A kernel takes one struct by value. Blocks and threads have one axis.
@@ -35,7 +33,8 @@ void launch(const char* name, void (*kernel)(Params), const Params& params, long
                                static_cast<int>(shared_bytes)),
           name);
   }
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream>>>(params);
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes,
+           static_cast<cudaStream_t>(stream)>>>(params);
   check(cudaGetLastError(), name);
 #else
   (void)stream;

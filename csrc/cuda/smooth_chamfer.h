@@ -18,9 +18,15 @@
 
 #include <cstdint>
 
+#include "stream.h"
+
 namespace setemb::cuda {
 
+// What products are made in; float32 on tensor cores (tf32), or not.
 enum class Arithmetic { kBFloat16, kFloat16, kTf32, kFloat32 };
+struct bfloat16;
+struct float16;
+struct tf32;
 
 constexpr int kGroup = 64;      // rows
 constexpr int kTile = 128;      // rows and columns of a block of threads: two groups each
@@ -88,5 +94,13 @@ struct WeightParams {
   int x_first, y_first;      // first group of the chunk
   int x_groups, y_groups;    // of the chunk
 };
+
+// What starts them. Each arithmetic (bfloat16, float16, tf32 or float) is compiled in a file of its own.
+void launch_pack(Arithmetic arithmetic, const PackParams& p, int64_t groups, Stream stream);
+void launch_unpack(Arithmetic arithmetic, const UnpackParams& p, Stream stream);
+template <class A>
+void launch_forward(const ForwardParams& p, int x_slots, int y_slots, Stream stream);
+template <class A>
+void launch_weights(const WeightParams& p, int x_slots, int y_slots, Stream stream);
 
 }  // namespace setemb::cuda

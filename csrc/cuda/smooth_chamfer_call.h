@@ -3,9 +3,12 @@
 // setemb_kernels/ops/smooth_chamfer/cuda.py, which checked sizes and dtypes.
 #pragma once
 
+#include <limits>
 #include <optional>
+#include <stdexcept>
+#include <type_traits>
 
-#include "smooth_chamfer_launch.h"
+#include "smooth_chamfer.h"
 
 namespace setemb::cuda {
 
@@ -81,28 +84,54 @@ void unpack(const Tensor& sums, const std::optional<Tensor>& mask, const Tensor&
   launch_unpack(arithmetic, p, stream);
 }
 
+// Calls f with a null pointer to the type of an arithmetic.
+template <class F>
+void with_arithmetic(Arithmetic arithmetic, const F& f) {
+  switch (arithmetic) {
+    case Arithmetic::kBFloat16:
+      return f(static_cast<bfloat16*>(nullptr));
+    case Arithmetic::kFloat16:
+      return f(static_cast<float16*>(nullptr));
+    case Arithmetic::kTf32:
+      return f(static_cast<tf32*>(nullptr));
+    case Arithmetic::kFloat32:
+      return f(static_cast<float*>(nullptr));
+  }
+  throw std::runtime_error("smooth_chamfer: unknown arithmetic");
+}
+
 template <class Tensor>
 TileParams tile_params(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats, const Tensor& y_rows,
                        const Tensor& y_valid, const Tensor& y_stats, const Tensor& pairs, double alpha,
                        const std::optional<Tensor>& device_alpha, int64_t x_slots, int64_t y_slots) {
+  constexpr double kMost = std::numeric_limits<float>::max();
   return {operand_of(x_rows, x_valid, x_stats, pairs.size(0), static_cast<int>(x_slots)),
           operand_of(y_rows, y_valid, y_stats, pairs.size(1), static_cast<int>(y_slots)),
-          static_cast<int>(x_rows.size(1)), alpha > kLargest ? kLargest : static_cast<float>(alpha),
+          static_cast<int>(x_rows.size(1)), static_cast<float>(alpha < kMost ? alpha : kMost),
           data_of<const float>(device_alpha)};
 }
 
-// `run` launches the kernel of the arithmetic, from the file where it is compiled.
-template <class Tensor, class Run>
-void forward(const TileParams& tile, const Tensor& out, const Run& run) {
-  run(ForwardParams{tile, data_of<void>(out), out.stride(0), out.stride(1)});
+template <class Tensor>
+void forward(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats, const Tensor& y_rows,
+             const Tensor& y_valid, const Tensor& y_stats, const Tensor& out, double alpha,
+             const std::optional<Tensor>& device_alpha, int64_t x_slots, int64_t y_slots, Arithmetic arithmetic,
+             Stream stream) {
+  const ForwardParams p = {
+      tile_params(x_rows, x_valid, x_stats, y_rows, y_valid, y_stats, out, alpha, device_alpha, x_slots, y_slots),
+      data_of<void>(out), out.stride(0), out.stride(1)};
+  with_arithmetic(arithmetic, [&](auto* a) {
+    launch_forward<std::remove_pointer_t<decltype(a)>>(p, static_cast<int>(x_slots), static_cast<int>(y_slots), stream);
+  });
 }
 
-template <class Tensor, class Run>
-void weights(const TileParams& tile, const Tensor& grad, const Tensor& exponents, const std::optional<Tensor>& chunk,
-             const std::optional<Tensor>& alpha_parts, int64_t x_first, int64_t y_first, int64_t x_groups,
-             int64_t y_groups, const Run& run) {
+template <class Tensor>
+void weights(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats, const Tensor& y_rows,
+             const Tensor& y_valid, const Tensor& y_stats, const Tensor& grad, const Tensor& exponents,
+             const std::optional<Tensor>& chunk, const std::optional<Tensor>& alpha_parts, double alpha,
+             const std::optional<Tensor>& device_alpha, int64_t x_slots, int64_t y_slots, int64_t x_first,
+             int64_t y_first, int64_t x_groups, int64_t y_groups, Arithmetic arithmetic, Stream stream) {
   WeightParams p = {};
-  p.tile = tile;
+  p.tile = tile_params(x_rows, x_valid, x_stats, y_rows, y_valid, y_stats, grad, alpha, device_alpha, x_slots, y_slots);
   p.grad = data_of<const void>(grad);
   p.stride_n = grad.stride(0), p.stride_m = grad.stride(1);
   p.exponents = data_of<const int32_t>(exponents);
@@ -110,7 +139,9 @@ void weights(const TileParams& tile, const Tensor& grad, const Tensor& exponents
   p.alpha_parts = data_of<float>(alpha_parts);
   p.x_first = static_cast<int>(x_first), p.y_first = static_cast<int>(y_first);
   p.x_groups = static_cast<int>(x_groups), p.y_groups = static_cast<int>(y_groups);
-  run(p);
+  with_arithmetic(arithmetic, [&](auto* a) {
+    launch_weights<std::remove_pointer_t<decltype(a)>>(p, static_cast<int>(x_slots), static_cast<int>(y_slots), stream);
+  });
 }
 
 }  // namespace setemb::cuda

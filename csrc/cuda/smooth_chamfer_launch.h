@@ -1,30 +1,15 @@
-// From sizes and dtypes at run time to kernels. The same for a GPU and for the emulator.
+// From numbers of slots at run time to kernels: the definitions of launch_forward and launch_weights.
 #pragma once
 
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 
 #include "launch.h"
 #include "smooth_chamfer.h"
 #include "smooth_chamfer_kernels.h"
-#include "smooth_chamfer_pack.h"
 
 namespace setemb::cuda {
-
-// Calls f with a value of the type that operands of this arithmetic are stored in.
-template <class F>
-void with_storage(Arithmetic arithmetic, const F& f) {
-  switch (arithmetic) {
-    case Arithmetic::kBFloat16:
-      return f(bfloat16{});
-    case Arithmetic::kFloat16:
-      return f(float16{});
-    default:
-      return f(float{});
-  }
-}
 
 // Calls f with the slots as a constant: 1, 2, 4, 8, 16 or 64.
 template <class F>
@@ -61,23 +46,8 @@ void with_both_slots(int x_slots, int y_slots, const F& f) {
   });
 }
 
-inline void launch_pack(Arithmetic arithmetic, const PackParams& p, int64_t groups, Stream stream) {
-  with_storage(arithmetic, [&](auto t) {
-    launch("smooth_chamfer pack", pack_kernel<decltype(t)>, p, groups, kThreads, kPackShared, stream);
-  });
-}
-
-inline void launch_unpack(Arithmetic arithmetic, const UnpackParams& p, Stream stream) {
-  const int64_t in_group = kGroup / p.slots;
-  const int64_t groups = (p.last - p.first + in_group - 1) / in_group;
-  with_storage(arithmetic, [&](auto t) {
-    launch("smooth_chamfer unpack", unpack_kernel<decltype(t)>, p, groups, kThreads, 0, stream);
-  });
-}
-
 inline int64_t tiles(int64_t x_groups, int64_t y_groups) { return x_groups / 2 * (y_groups / 2); }
 
-// One arithmetic at a time, so that each is compiled in a file of its own.
 template <class A>
 void launch_forward(const ForwardParams& p, int x_slots, int y_slots, Stream stream) {
   with_both_slots(x_slots, y_slots, [&](auto x, auto y) {

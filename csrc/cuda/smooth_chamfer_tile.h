@@ -8,9 +8,7 @@
 
 namespace setemb::cuda {
 
-// Types of arithmetic: bfloat16, float16, tf32 (float32 operands on tensor cores) and float (no tensor cores).
-struct tf32 {};
-
+// How operands of an arithmetic are stored.
 template <class A>
 struct StorageOf {
   using type = A;

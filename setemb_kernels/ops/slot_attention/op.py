@@ -202,7 +202,7 @@ def _forward(
     eps: float,
     token_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return BACKENDS.implementation(q, reference).forward(q, k, v, bias, mask, scale, eps, token_eps)
+    return BACKENDS.implementation(reference, q).forward(q, k, v, bias, mask, scale, eps, token_eps)
 
 
 @torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
@@ -222,7 +222,7 @@ def _backward(
     need_v: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return BACKENDS.implementation(q, reference).backward(
+    return BACKENDS.implementation(reference, q).backward(
         grad, q, k, v, bias, mask, out, total, scale, token_eps, need_q, need_k, need_v, need_bias
     )
 

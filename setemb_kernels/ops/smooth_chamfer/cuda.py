@@ -53,15 +53,14 @@ def arithmetic(dtype: torch.dtype) -> int:
 def refusal(x: Tensor, y: Tensor) -> str:
     """Why these kernels cannot serve sets like x and y; empty when they can."""
     if x.dtype not in DTYPES:
-        return f"expected float32, bfloat16 or float16, got {str(x.dtype)[6:]}"
+        return f"x: expected float32, bfloat16 or float16, got {str(x.dtype)[6:]}"
     if max(x.shape[1], y.shape[1]) > MAX_VECTORS:
-        return f"expected sets of at most {MAX_VECTORS} vectors, got {x.shape[1]} and {y.shape[1]}"
+        return f"x, y: expected sets of at most {MAX_VECTORS} vectors, got {x.shape[1]} and {y.shape[1]}"
     return ""
 
 
 def forward(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
     """The similarity ``[N, M]``, in the dtype of x. See `op.smooth_chamfer`."""
-    _check(x, y)
     (N, K), (M, L) = x.shape[:2], y.shape[:2]
     if 0 in (N, M, K, L):
         return x.new_zeros(N, M)
@@ -90,7 +89,6 @@ def backward(
     That of alpha is on the device of x. Memory beyond inputs and outputs: packed copies of x and y, `WORKSPACE_BYTES`,
     and, if both x and y need a gradient, one of the two (the smaller) in float32.
     """
-    _check(x, y)
     (N, K), (M, L) = x.shape[:2], y.shape[:2]
     if _slots(K) < _slots(L):
         grad_y, grad_x, grad_alpha = backward(grad.T, y, x, alpha, y_mask, x_mask, need_y, need_x, need_alpha)
@@ -157,12 +155,6 @@ class _Call:
             *self.operands(), grad, exponents, chunk, alpha_parts, *self.alpha, *self.slots(),
             x.start, y.start, x.stop - x.start, y.stop - y.start, self.arithmetic,
         )  # fmt: skip
-
-
-def _check(x: Tensor, y: Tensor) -> None:
-    reason = refusal(x, y)
-    if reason:
-        raise ValueError(f"x, y: the CUDA kernels of smooth_chamfer: {reason}")
 
 
 def _slots(vectors: int) -> int:

@@ -49,7 +49,7 @@ def smooth_chamfer(
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
         y: ``[M, L, D]`` of the same dtype and device; K and L may differ. The Triton kernel takes up to 256 vectors in
-            the larger sets and 128 in the others; the CPU has no limit.
+            the larger sets and 128 in the others, the CUDA C++ kernel up to 64; the CPU has no limit.
         alpha: sharpness, a finite number > 0, or a 0-dim tensor (CPU or the device of x) that may require a gradient.
             On a GPU the value of a tensor that lives there is not checked (that would wait for the device); one that
             is not positive gives meaningless numbers.
@@ -81,7 +81,8 @@ define(
 )
 
 
-# --- implementations: csrc registers itself for the CPU when it is loaded; Triton serves CUDA; the reference all else
+# --- implementations: csrc registers itself for the CPU when it is loaded; Triton serves CUDA, or our CUDA C++ where it
+# is asked for; the reference all else
 
 
 def _triton() -> ModuleType:
@@ -90,14 +91,22 @@ def _triton() -> ModuleType:
     return triton
 
 
-BACKENDS = OpBackends("smooth_chamfer", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16))
+def _cuda() -> ModuleType:
+    from setemb_kernels.ops.smooth_chamfer import cuda
+
+    return cuda
+
+
+BACKENDS = OpBackends(
+    "smooth_chamfer", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16), cuda=_cuda
+)
 
 
 @torch.library.impl(FORWARD, "CompositeExplicitAutograd")
 def _forward(x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
     if alpha.device.type == "cpu":
         _check.positive_and_finite("alpha", float(alpha))
-    return BACKENDS.implementation(x, reference).forward(x, y, alpha, x_mask, y_mask)
+    return BACKENDS.implementation(reference, x, y).forward(x, y, alpha, x_mask, y_mask)
 
 
 @torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
@@ -112,7 +121,9 @@ def _backward(
     need_y: bool,
     need_alpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return BACKENDS.implementation(x, reference).backward(grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha)
+    return BACKENDS.implementation(reference, x, y).backward(
+        grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha
+    )
 
 
 # --- shapes for tracing

@@ -1,26 +1,10 @@
 // The kernels of smooth_chamfer, in the emulator.
 #include "smooth_chamfer_call.h"
+#include "smooth_chamfer_launch.h"
+#include "smooth_chamfer_pack_launch.h"
 #include "tensors.h"
 
 using namespace setemb::cuda;
-
-namespace {
-
-template <class F>
-void with_arithmetic(int64_t arithmetic, const F& f) {
-  switch (static_cast<Arithmetic>(arithmetic)) {
-    case Arithmetic::kBFloat16:
-      return f(bfloat16{});
-    case Arithmetic::kFloat16:
-      return f(float16{});
-    case Arithmetic::kTf32:
-      return f(tf32{});
-    case Arithmetic::kFloat32:
-      return f(float{});
-  }
-}
-
-}  // namespace
 
 extern "C" {
 
@@ -45,13 +29,8 @@ int smooth_chamfer_forward(const View* x_rows, const View* x_valid, const View* 
                            const View* device_alpha, int64_t x_slots, int64_t y_slots, int64_t arithmetic,
                            char* message, size_t size) {
   return emulator_guarded(message, size, [&] {
-    with_arithmetic(arithmetic, [&](auto a) {
-      const TileParams tile = tile_params(*x_rows, *x_valid, *x_stats, *y_rows, *y_valid, *y_stats, *out, alpha,
-                                          optional_view(device_alpha), x_slots, y_slots);
-      forward(tile, *out, [&](const ForwardParams& p) {
-        launch_forward<decltype(a)>(p, static_cast<int>(x_slots), static_cast<int>(y_slots), nullptr);
-      });
-    });
+    forward(*x_rows, *x_valid, *x_stats, *y_rows, *y_valid, *y_stats, *out, alpha, optional_view(device_alpha), x_slots,
+            y_slots, static_cast<Arithmetic>(arithmetic), nullptr);
   });
 }
 
@@ -61,14 +40,9 @@ int smooth_chamfer_weights(const View* x_rows, const View* x_valid, const View* 
                            int64_t x_slots, int64_t y_slots, int64_t x_first, int64_t y_first, int64_t x_groups,
                            int64_t y_groups, int64_t arithmetic, char* message, size_t size) {
   return emulator_guarded(message, size, [&] {
-    with_arithmetic(arithmetic, [&](auto a) {
-      const TileParams tile = tile_params(*x_rows, *x_valid, *x_stats, *y_rows, *y_valid, *y_stats, *grad, alpha,
-                                          optional_view(device_alpha), x_slots, y_slots);
-      weights(tile, *grad, *exponents, optional_view(chunk), optional_view(alpha_parts), x_first, y_first, x_groups,
-              y_groups, [&](const WeightParams& p) {
-                launch_weights<decltype(a)>(p, static_cast<int>(x_slots), static_cast<int>(y_slots), nullptr);
-              });
-    });
+    weights(*x_rows, *x_valid, *x_stats, *y_rows, *y_valid, *y_stats, *grad, *exponents, optional_view(chunk),
+            optional_view(alpha_parts), alpha, optional_view(device_alpha), x_slots, y_slots, x_first, y_first,
+            x_groups, y_groups, static_cast<Arithmetic>(arithmetic), nullptr);
   });
 }
 }

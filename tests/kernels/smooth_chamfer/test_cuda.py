@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from setemb_kernels import _triton
 from setemb_kernels.ops.smooth_chamfer import cuda as backend
 from tests.kernels.cuda.emulate import ORDERS, Emulator, compiler, view
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
+from tests.kernels.smooth_chamfer import cases as table
 from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, reference_results
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -111,3 +113,103 @@ def test_every_order_of_threads_gives_the_same(name: str, order: int, kernels: K
     kernels.order = order
     for got, expected in zip(run(inputs), forwards, strict=True):
         assert torch.equal(got, expected)
+
+
+def rounded_to_tf32(v: Tensor) -> Tensor:
+    return (v.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["odd sizes", "larger than a tile", "K 64 L 5", "masks", "alpha 1e4", "D 1031"])
+def test_tf32(name: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge is eager PyTorch in tf32: in float32 arithmetic, on operands rounded to tf32."""
+    monkeypatch.setattr(_triton, "precision", lambda: "tf32")
+    eager = table._eager_in_another_order
+
+    def in_tf32(i: Inputs, order: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return eager(i._replace(x=rounded_to_tf32(i.x), y=rounded_to_tf32(i.y)), order)
+
+    monkeypatch.setattr(table, "_eager_in_another_order", in_tf32)
+    check(run, NAMED[name], torch.float32)
+    check(without_alpha, NAMED[name], torch.float32)
+
+
+def test_tf32_rounds_operands_to_the_nearest(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor cores would cut them, which is a bias. What these cut is a few units of float32 of a sum."""
+    monkeypatch.setattr(_triton, "precision", lambda: "tf32")
+    i = NAMED["one vector a set"].build(torch.float32)
+    scores = backend.forward(*i[:5])
+    x, y = (rounded_to_tf32(v).double().flatten(1) for v in (i.x, i.y))
+    torch.testing.assert_close(scores.double(), x @ y.T, rtol=0, atol=2e-6)
+    assert (scores.double() - i.x.double().flatten(1) @ i.y.double().flatten(1).T).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["larger than a tile", "many rows", "one against many", "masks"])
+def test_several_chunks(name: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1 << 17)
+    monkeypatch.setattr(backend, "CHUNK_COLUMNS", 128)
+    check(run, NAMED[name], torch.float16)
+    assert kernels.launches > 10 or name in ("one against many", "masks")
+
+
+def test_alpha_on_the_device(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is read by the kernels, through a pointer."""
+    monkeypatch.setattr(backend, "_on_host", lambda alpha: False)
+    for name in ("masks", "alpha 1e30", "alpha 0.01"):
+        check(run, NAMED[name], torch.float32)
+
+
+NEEDS = [(True, False, False), (False, True, False), (False, False, True), (False, True, True), (True, True, False)]
+
+
+@pytest.mark.parametrize("name", ["masks", "K 2 L 7", "paper"])
+@pytest.mark.parametrize("needs", NEEDS)
+def test_each_gradient_alone(needs: tuple[bool, bool, bool], name: str, kernels: Kernels) -> None:
+    i = NAMED[name].build(torch.float32)
+    arguments = (i.grad, i.x, i.y, i.alpha, i.x_mask, i.y_mask)
+    every = backend.backward(*arguments, True, True, True)
+    some = backend.backward(*arguments, *needs)
+    for need, got, expected in zip(needs, some, every, strict=True):
+        assert got.shape == (expected.shape if need else (0,))
+        if need:
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("unit", [False, True], ids=["any norm", "unit vectors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("K", "L"), [(3, 3), (1, 1), (16, 2)])
+def test_what_is_not_finite_reaches_only_its_own_pairs(
+    K: int, L: int, value: float, unit: bool, kernels: Kernels
+) -> None:
+    i = Case("", 5, 90, K, L, 16, unit=unit).build(torch.float32)
+    clean = backend.forward(*i[:5])
+    clean_grad, _, _ = backend.backward(i.grad, *i[:5], True, False, False)
+    i.x[2, K - 1, 4] = value
+    s = backend.forward(*i[:5])
+    grad, grad_y, _ = backend.backward(i.grad, *i[:5], True, True, False)
+    assert s[2].isnan().all() and grad[2].isnan().all() and grad_y.isnan().all()
+    others = torch.arange(5) != 2
+    torch.testing.assert_close(s[others], clean[others])
+    torch.testing.assert_close(grad[others], clean_grad[others])
+
+
+def test_nan_gradient_stays_with_its_pair(kernels: Kernels) -> None:
+    i = NAMED["paper"].build(torch.float32)
+    i.grad[2, 7] = float("nan")
+    grad_x, grad_y, _ = backend.backward(i.grad, *i[:5], True, True, False)
+    for got, hit in ((grad_x, 2), (grad_y, 7)):
+        assert got[hit].isnan().all()
+        assert got[torch.arange(len(got)) != hit].isfinite().all()
+
+
+@pytest.mark.parametrize("K", range(1, 65, 3))
+def test_every_size_of_set(K: int, kernels: Kernels) -> None:
+    """Each of them is padded to one of the sizes that are compiled."""
+    check(run, Case(f"K {K}", 5, 7, K, max(1, 40 - K), 20, x_mask="random"), torch.float16)
+
+
+def test_what_is_refused() -> None:
+    x = torch.zeros(2, 65, 4)
+    assert "at most 64 vectors, got 65 and 3" in backend.refusal(x, x[:, :3])
+    assert "at most 64 vectors, got 3 and 65" in backend.refusal(x[:, :3], x)
+    assert "float32, bfloat16 or float16, got float64" in backend.refusal(x[:, :3].double(), x[:, :3].double())
+    assert backend.refusal(x[:, :64], x[:, :1]) == ""
