@@ -13,8 +13,10 @@ namespace {
 
 void register_ops() {
   static StableLibrary schemas(StableLibrary::Kind::DEF, "setemb_cuda", nullptr, __FILE__, __LINE__);
+  define_slot_attention(schemas);
   define_smooth_chamfer(schemas);
   static StableLibrary kernels(StableLibrary::Kind::IMPL, "setemb_cuda", "CUDA", __FILE__, __LINE__);
+  register_slot_attention(kernels);
   register_smooth_chamfer(kernels);
 }
 

@@ -13,6 +13,8 @@ namespace setemb::cuda {
 
 using torch::stable::detail::StableLibrary;
 
+void define_slot_attention(StableLibrary& library);
+void register_slot_attention(StableLibrary& library);
 void define_smooth_chamfer(StableLibrary& library);
 void register_smooth_chamfer(StableLibrary& library);
 

@@ -28,7 +28,6 @@ struct WeightBlock {
   int head, rows, heads;  // first head of the group, rows and heads that exist
 };
 
-template <int MT>
 SETEMB_DEVICE WeightBlock weight_block(const WeightParams& p) {
   int64_t rest = block_index();
   WeightBlock b;
@@ -97,25 +96,26 @@ SETEMB_DEVICE void products_of_block(const WeightParams& p, const WeightBlock& b
   sync_threads();
 }
 
-constexpr int64_t weights_shared(int MT, bool backward) {
-  const int64_t ring = kStages * (16 * MT + kTokens) * kStepBytes, tile = 16 * MT * kPitch * 4;
-  return (backward ? ring + tile : ring) + 3 * kMaxSlots * 4;
-}
+template <int MT>
+constexpr int kWeightsRing = kStages * (16 * MT + kTokens) * kStepBytes;
+template <int MT, bool backward>
+constexpr int kWeightsTiles = kWeightsRing<MT> + (backward ? 16 * MT * kPitch * 4 : 0);
+template <int MT, bool backward>
+constexpr int kWeightsShared = kWeightsTiles<MT, backward> + 3 * kMaxSlots * 4;
 
 // W, or in the backward W / total and dz, of a block of heads and kTokens tokens.
 template <class T, int MT, bool backward>
 SETEMB_KERNEL(kThreads, 1)
 weights_kernel(WeightParams p) {
   constexpr float kLog2e = 1.4426950408889634f;
-  constexpr int kRing = kStages * (16 * MT + kTokens) * kStepBytes;
-  const WeightBlock b = weight_block<MT>(p);
+  const WeightBlock b = weight_block(p);
   const int K = p.sizes.slots, thread = thread_index();
   const int64_t head = b.group * p.sizes.heads + b.head;
   const int64_t first_row = (b.item * p.sizes.groups * p.sizes.heads + head) * K;
   // logits; in the backward behind the ring, which holds grad . v then
-  auto* logits = reinterpret_cast<float*>(shared_memory() + (backward ? kRing : 0));
+  auto* logits = reinterpret_cast<float*>(shared_memory() + (backward ? kWeightsRing<MT> : 0));
   auto* by_weight = reinterpret_cast<float*>(shared_memory());
-  auto* bias = reinterpret_cast<float*>(shared_memory() + weights_shared(MT, backward)) - 3 * kMaxSlots;
+  auto* bias = reinterpret_cast<float*>(shared_memory() + kWeightsTiles<MT, backward>);
   auto* delta = bias + kMaxSlots;
   auto* divisor = delta + kMaxSlots;
   if (thread < b.rows) {
@@ -211,15 +211,16 @@ SETEMB_DEVICE float total_of(const float* sums, int64_t row, int token_blocks, f
   return warp_sum(sum) + eps;
 }
 
-constexpr int64_t gather_shared(int MT, int number_bytes) {
-  return kStages * (16 * MT * kStepBytes + kStepBytes / number_bytes * 64 * number_bytes) + 16 * MT * 4;
-}
+template <class T, int MT>
+constexpr int kGatherTile = 16 * MT * kStepBytes + kWideTile<T>;
+template <class T, int MT>
+constexpr int kGatherShared = kStages * kGatherTile<T, MT> + 16 * MT * 4;
 
 // 16 MT rows of the slots of an item, kFeatures features, a part of the tokens.
 template <class T, int MT>
 SETEMB_KERNEL(kThreads, 1)
 gather_kernel(GatherParams p) {
-  constexpr int kTile = 16 * MT * kStepBytes + kWideTile<T>;
+  constexpr int kTile = kGatherTile<T, MT>;
   constexpr int kChunks = 64 / kChunk<T>;  // of a row of a wide tile
   char* shared = shared_memory();
   auto* divisor = reinterpret_cast<float*>(shared + kStages * kTile);
@@ -322,9 +323,8 @@ combine_kernel(GatherParams p) {
 
 // --- sums over slots
 
-constexpr int64_t spread_shared(int number_bytes) {
-  return kStages * 2 * (kStepBytes / number_bytes) * 64 * number_bytes;
-}
+template <class T>
+constexpr int kSpreadShared = kStages * 2 * kWideTile<T>;
 
 // kTokens tokens of an item, kFeatures features.
 template <class T>

@@ -22,7 +22,7 @@ void launch_weights_kernel(const WeightParams& p, Stream stream) {
   const int64_t blocks = static_cast<int64_t>(p.head_blocks) * p.token_blocks * p.sizes.groups * p.sizes.items;
   with_row_tiles(p.heads_in_block * p.sizes.slots, [&](auto tiles) {
     launch("slot_attention weights", weights_kernel<T, tiles(), backward>, p, blocks, kThreads,
-           weights_shared(tiles(), backward), stream);
+           kWeightsShared<tiles(), backward>, stream);
   });
 }
 
@@ -44,7 +44,7 @@ void launch_gather(const GatherParams& params, Stream stream) {
   with_row_tiles(rows, [&](auto tiles) {
     p.row_blocks = static_cast<int>(ceil_div(rows, 16 * tiles()));
     launch("slot_attention gather", gather_kernel<T, tiles()>, p, items * p.row_blocks * p.feature_blocks * p.splits,
-           kThreads, gather_shared(tiles(), sizeof(T)), stream);
+           kThreads, kGatherShared<T, tiles()>, stream);
   });
   if (p.partial == nullptr) return;
   launch("slot_attention combine", combine_kernel<T>, p, ceil_div(items * rows, kThreads / kWarp), kThreads, 0, stream);
@@ -53,7 +53,7 @@ void launch_gather(const GatherParams& params, Stream stream) {
 template <class T>
 void launch_spread(const SpreadParams& p, Stream stream) {
   const int64_t blocks = static_cast<int64_t>(p.token_blocks) * p.feature_blocks * p.sizes.groups * p.sizes.items;
-  launch("slot_attention spread", spread_kernel<T>, p, blocks, kThreads, spread_shared(sizeof(T)), stream);
+  launch("slot_attention spread", spread_kernel<T>, p, blocks, kThreads, kSpreadShared<T>, stream);
 }
 
 }  // namespace setemb::cuda::slots

@@ -7,10 +7,11 @@
                 gather             dz, k -> dq
                 spread             dz, q -> dk, and W / total, grad -> dv
 
-**Why weights pass through memory**, for a few items at a time (`WORKSPACE_BYTES`, which a level-2 cache holds): each kernel is
-a plain product, for any number of rows, tokens and features, and sums over heads are part of it. R rows of W add 4 R
-bytes to the 2 (Dk + Dv) of a token, mostly from the cache: 6 % for 8 slots and D = 128. Where a gather would have too few blocks of
-threads, each takes a part of the tokens, and the parts are added in order: no atomics, the same bits each time.
+**Why weights pass through memory**, for a few items at a time (`WORKSPACE_BYTES`, which a level-2 cache holds): each
+kernel is a plain product, for any number of rows, tokens and features, and sums over heads are part of it. R rows of W
+add 4 R bytes to the 2 (Dk + Dv) of a token, mostly from the cache: 6 % for 8 slots and D = 128. Where a gather would
+have too few blocks of threads, each takes a part of the tokens, and the parts are added in order: no atomics, the same
+bits each time.
 
 **Range.** Weights are stored in the dtype of the inputs, in float16 times a power of two: W so that the largest is just
 in range (the little that a slot has which hardly any token chose still counts, as it is divided by its sum), dz by the
@@ -192,8 +193,10 @@ class _Call(NamedTuple):
         total: Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        """Fill ``out [B, H, K, D]`` with sums over tokens ``[B, G, T, D]``, times `factor` and that of the item; given sums of
-        weights, fill `total`, too, and divide by it."""
+        """Fill ``out [B, H, K, D]`` with sums over tokens ``[B, G, T, D]``, times `factor` and that of the item.
+
+        Given sums of weights, fill `total`, too, and divide by it.
+        """
         (B, H, K, D), G, T = out.shape, tokens.shape[1], tokens.shape[2]
         splits, per_split = self._splits(B * G, H // G * K, T, D)
         partial = out.new_empty(splits, B * H * K, D, dtype=torch.float32) if splits > 1 else None
