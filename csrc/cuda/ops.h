@@ -18,6 +18,12 @@ void register_slot_attention(StableLibrary& library);
 void define_smooth_chamfer(StableLibrary& library);
 void register_smooth_chamfer(StableLibrary& library);
 
+#if defined(SETEMB_EMULATED)  // by the tests: kernels run on the host, on tensors of the CPU
+struct OnDeviceOf {
+  explicit OnDeviceOf(const Tensor&) {}
+  Stream stream() const { return nullptr; }
+};
+#else
 // Makes the device of a tensor current while it lives, and knows torch's current stream there.
 class OnDeviceOf {
  public:
@@ -30,5 +36,6 @@ class OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+#endif
 
 }  // namespace setemb::cuda

@@ -41,19 +41,19 @@ void op_unpack(const Tensor& sums, const Optional& mask, const Tensor& stats, co
 }  // namespace
 
 void define_smooth_chamfer(StableLibrary& library) {
-  library.define(
+  library.def(
       "smooth_chamfer_pack(Tensor v, Tensor? mask, Tensor(a!) rows, Tensor(b!) valid, Tensor(c!) stats, int slots,"
       " int arithmetic) -> ()");
-  library.define(
+  library.def(
       "smooth_chamfer_forward(Tensor x_rows, Tensor x_valid, Tensor x_stats, Tensor y_rows, Tensor y_valid,"
       " Tensor y_stats, Tensor(a!) out, float alpha, Tensor? device_alpha, int x_slots, int y_slots, int arithmetic)"
       " -> ()");
-  library.define(
+  library.def(
       "smooth_chamfer_weights(Tensor x_rows, Tensor x_valid, Tensor x_stats, Tensor y_rows, Tensor y_valid,"
       " Tensor y_stats, Tensor grad, Tensor exponents, Tensor(a!)? chunk, Tensor(b!)? alpha_parts, float alpha,"
       " Tensor? device_alpha, int x_slots, int y_slots, int x_first, int y_first, int x_groups, int y_groups,"
       " int arithmetic) -> ()");
-  library.define(
+  library.def(
       "smooth_chamfer_unpack(Tensor sums, Tensor? mask, Tensor stats, Tensor exponents, Tensor(a!) out, int groups,"
       " int first, int last, int slots, int arithmetic) -> ()");
 }

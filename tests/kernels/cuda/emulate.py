@@ -30,12 +30,12 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build(source: Path) -> Path:
-    """Compile a .cpp file to a shared library, once for each content of it and of all headers."""
+def build(source: Path, *options: str) -> Path:
+    """Compile a .cpp file to a shared library, once for each content of it and of all sources of the kernels."""
     command = compiler()
     assert command, "no C++ compiler"
-    digest = hashlib.sha256(command.encode())
-    for file in (source, *sorted(CSRC.glob("*.h")), *sorted(HERE.glob("*.h"))):
+    digest = hashlib.sha256(" ".join([command, torch.__version__, *options]).encode())
+    for file in (source, *sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.cpp")), *sorted(HERE.glob("*.h"))):
         digest.update(file.read_bytes())
     library = (
         Path(tempfile.gettempdir()) / f"setemb_emulated_{os.getuid()}" / f"{source.stem}_{digest.hexdigest()[:16]}.so"
@@ -43,7 +43,7 @@ def build(source: Path) -> Path:
     if not library.exists():
         library.parent.mkdir(exist_ok=True, mode=0o700)
         beside = library.with_suffix(f".{os.getpid()}")
-        common = [command, *FLAGS, f"-I{CSRC}", f"-I{HERE}", str(source), "-o", str(beside)]
+        common = [command, *FLAGS, f"-I{CSRC}", f"-I{HERE}", str(source), "-o", str(beside), *options]
         run = subprocess.run([*common, POISON], capture_output=True, text=True, check=False)
         if run.returncode and POISON in run.stderr:  # a compiler older than the option
             run = subprocess.run(common, capture_output=True, text=True, check=False)
