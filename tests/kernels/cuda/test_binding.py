@@ -18,7 +18,12 @@ from tests.kernels.cuda.emulate import CSRC, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
-CASES = ("odd sizes", "K 2 L 7", "masks", "transposed", "sliced", "alpha 1e4")
+CASES = {
+    "smooth_chamfer": ("odd sizes", "K 2 L 7", "masks", "transposed", "sliced", "alpha 1e4"),
+    "slot_attention": ("odd sizes", "bias, shared, masked", "heads first", "sliced", "keys are values", "many tokens"),
+}
+COUNT = 3 * sum(map(len, CASES.values()))
+"""Three dtypes."""
 
 
 def test_binding() -> None:
@@ -30,11 +35,12 @@ def test_binding() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-6000:]
-    assert run.stdout.split() == ["passed", str(3 * len(CASES))]
+    assert run.stdout.split() == ["passed", str(COUNT)]
 
 
 def _main() -> None:
     from tests.kernels.cuda.emulate import build
+    from tests.kernels.slot_attention import test_cuda as slot_attention
     from tests.kernels.smooth_chamfer import test_cuda as smooth_chamfer
 
     folder = Path(torch.__file__).parent
@@ -50,12 +56,13 @@ def _main() -> None:
     library.register_emulated()
     everything = ctypes.c_size_t(1 << 62)  # ranges are checked by the other tests
     library.emulator_register(ctypes.c_void_p(0), everything, everything, 1)
-    for dtype in smooth_chamfer.DTYPES:
-        for name in CASES:
-            smooth_chamfer.check(smooth_chamfer.run, smooth_chamfer.NAMED[name], dtype)
+    for op in (smooth_chamfer, slot_attention):
+        for dtype in op.DTYPES:
+            for name in CASES[op.__name__.split(".")[-2]]:
+                op.check(op.run, op.NAMED[name], dtype)
     smooth_chamfer.backend._on_host = lambda alpha: False
     smooth_chamfer.check(smooth_chamfer.run, smooth_chamfer.NAMED["masks"], torch.float32)
-    print("passed", 3 * len(CASES))
+    print("passed", COUNT)
 
 
 if __name__ == "__main__":
