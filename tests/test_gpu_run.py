@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import machine, tally
+from benchmarks.gpu import implementations, machine, tally
 from benchmarks.gpu.__main__ import GpuRun
 from benchmarks.gpu.bench import Bench, ContextLostError
 from benchmarks.gpu.rows import Row, rows
@@ -23,6 +24,7 @@ from benchmarks.gpu.table import floor, table
 from benchmarks.gpu.timing import HostClock, take_turns
 
 ROOT = Path(__file__).parent.parent
+kernel_backends = importlib.import_module("setemb_kernels.backends")  # the name is also that of a function
 
 
 # --- all of it
@@ -373,3 +375,30 @@ def test_tally_of_a_run_that_is_cut_off(tmp_path: Path) -> None:
     assert [found[outcome] for outcome in ("passed", "failed", "skipped")] == [1, 1, 1]
     (failure,) = found["first_failures"]
     assert "test_bad: AssertionError: not equal" in failure
+
+
+# --- implementations
+
+
+def test_implementations_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_backends, "triton_absent", lambda: "")
+    monkeypatch.setattr(kernel_backends, "_CUDA", {"absent": ""})
+
+    def serving() -> set[str]:
+        return {row.implementation for row in kernel_backends.backends() if row.device == "cuda"}
+
+    choices = implementations.ours("cuda")
+    assert list(choices) == ["triton", "cuda"] and implementations.absent("cuda") == {}
+    for name in ("cuda", "triton", "cuda"):
+        with choices[name]():
+            assert serving() == {name}
+    assert serving() == {"triton"} and {op.chosen for op in kernel_backends.OpBackends.all} == {"automatic"}
+    monkeypatch.setattr(kernel_backends, "_CUDA", {"absent": "the CUDA module is not built"})
+    assert list(implementations.ours("cuda")) == ["triton"]
+    assert implementations.absent("cuda") == {"cuda": "the CUDA module is not built"}
+    assert {op.chosen for op in kernel_backends.OpBackends.all} == {"automatic"}
+
+
+def test_every_op_with_kernels_is_chosen() -> None:
+    assert set(implementations.OPS) == {op.op for op in kernel_backends.OpBackends.all}

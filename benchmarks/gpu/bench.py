@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class Bench:
                 continue
             self.write({"begin": row.key, "phase": phase, "implementation": name})
             try:
-                each = [_in(context, maker(inputs)) for inputs in sets]
+                each = [_in(context, _in(context, maker, inputs)()) for inputs in sets]
                 out = each[0]()
                 self.clock.synchronize()
                 if name not in ("product", "compiled"):
@@ -145,13 +146,12 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def _in(context: Any, call: Call) -> Call:
-    if context is None:
-        return call
+def _in(context: Any, function: Callable[..., Any], *arguments: Any) -> Call:
+    """A call of the function, in a context if there is one."""
 
     def run() -> Any:
-        with context():
-            return call()
+        with nullcontext() if context is None else context():
+            return function(*arguments)
 
     return run
 

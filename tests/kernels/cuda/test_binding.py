@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.cuda.emulate import CSRC, compiler
+from tests.kernels.cuda.emulate import CSRC, build, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -38,11 +38,8 @@ def test_binding() -> None:
     assert run.stdout.split() == ["passed", str(COUNT)]
 
 
-def _main() -> None:
-    from tests.kernels.cuda.emulate import build
-    from tests.kernels.slot_attention import test_cuda as slot_attention
-    from tests.kernels.smooth_chamfer import test_cuda as smooth_chamfer
-
+def register_emulated() -> None:
+    """Make ``torch.ops.setemb_cuda`` serve tensors of the CPU, once in a process."""
     folder = Path(torch.__file__).parent
     library = ctypes.CDLL(
         str(
@@ -56,6 +53,13 @@ def _main() -> None:
     library.register_emulated()
     everything = ctypes.c_size_t(1 << 62)  # ranges are checked by the other tests
     library.emulator_register(ctypes.c_void_p(0), everything, everything, 1)
+
+
+def _main() -> None:
+    from tests.kernels.slot_attention import test_cuda as slot_attention
+    from tests.kernels.smooth_chamfer import test_cuda as smooth_chamfer
+
+    register_emulated()
     for op in (smooth_chamfer, slot_attention):
         for dtype in op.DTYPES:
             for name in CASES[op.__name__.split(".")[-2]]:
