@@ -10,18 +10,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu import implementations, machine, tally
-from benchmarks.gpu.__main__ import GpuRun
+from benchmarks.gpu.__main__ import MINUTES, SECONDS, GpuRun
 from benchmarks.gpu.bench import Bench, ContextLostError
 from benchmarks.gpu.rows import Row, rows
 from benchmarks.gpu.stages import Ended, Run, Stage, read_lines, run_process
 from benchmarks.gpu.table import floor, table
-from benchmarks.gpu.timing import HostClock, take_turns
+from benchmarks.gpu.timing import CudaClock, HostClock, Times, take_turns
 
 ROOT = Path(__file__).parent.parent
 kernel_backends = importlib.import_module("setemb_kernels.backends")  # the name is also that of a function
@@ -402,3 +403,115 @@ def test_implementations_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_op_with_kernels_is_chosen() -> None:
     assert set(implementations.OPS) == {op.op for op in kernel_backends.OpBackends.all}
+
+
+# --- what only a GPU runs, with a GPU that is made up
+
+
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA X 1", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20, total_memory=80 << 30
+)
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch.cuda is asked for, as a list of what was done; tensors lie on the CPU."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at = -1
+
+        def record(self) -> None:
+            self.at = len(done)
+            done.append("event")
+
+        def elapsed_time(self, end: Any) -> float:
+            assert "synchronize" in done[end.at :], "read before the device was done"
+            return float(end.at - self.at)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, **options))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(machine, "clocks", lambda: {"sm_mhz": 1980.0})
+    monkeypatch.setattr(kernel_backends, "triton_absent", lambda: "")
+    monkeypatch.setattr(kernel_backends, "_CUDA", {"absent": "the CUDA module is not built"})
+    return done
+
+
+def test_cuda_clock(made_up_gpu: list[str]) -> None:
+    clock = CudaClock()
+    assert clock._scratch.numel() * 4 == 256 << 20  # beyond three times the cache
+    times = take_turns(clock, {"a": [lambda: made_up_gpu.append("a")]}, 0.0)
+    assert times["a"] == Times(2.0, 0.0, 5)  # an event, the call, an event
+    # a call before the rounds, to know how many; in a round both events stand around the call, nothing else
+    assert made_up_gpu == [*("event", "a", "event", "synchronize"), *(5 * ["event", "a", "event"]), "synchronize"]
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_bench_on_a_gpu() -> None:
+    lines: list[dict[str, Any]] = []
+    row = made_up_row(make=lambda: (torch.ones(1 << 20),))
+    done = [("set_triplet_loss largest batch K4 D1024 bfloat16", "plain")]
+    Bench("cuda", False, lines.append, HostClock(), done=done).run([row])
+    begun = [line["implementation"] for line in lines if "begin" in line]
+    assert begun == ["product", "triton", "eager"]
+    (line,) = (line for line in lines if "row" in line)
+    assert line["failed"] == {"cuda": "the CUDA module is not built"}
+    assert line["input_sets"] == 16  # of 4 MiB, the most; three times the cache would be 38
+    assert line["clocks"] == {"sm_mhz": 1980.0}
+    assert set(line["milliseconds"]) == {"product", "triton", "eager"}
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_description_of_a_gpu() -> None:
+    found = machine.describe("cuda")
+    assert found["device"] == "NVIDIA X 1" and found["capability"] == "9.0" and found["l2_bytes"] == 50 << 20
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["clocks"]["before"] == {"sm_mhz": 1980.0}
+
+
+def test_a_whole_run_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage in order; the build of CUDA fails, and all others go on."""
+    monkeypatch.setattr("shutil.which", lambda *args, **options: "/bin/compute-sanitizer")
+    described = {"device": "NVIDIA X 1", "capability": "9.0", "versions": {}, "clocks": {"source": "s", "before": {}}}
+
+    def answer(command: list[str], log: Path, environment: dict[str, str]) -> int:
+        text = " ".join(command)
+        if "benchmarks.gpu.machine" in text:
+            log.write_text(f"$ {text}\n{json.dumps(described)}\n")
+        elif "setup.py" in text:
+            log.write_text("error: nvcc\n")
+            return int(environment["SETEMB_CUDA"])
+        elif "--tally" in command:
+            assert {"tests/kernels/cuda/gpu_cases.py", "tests/kernels/smooth_chamfer/triton_cases.py"} <= set(command)
+            lines = Path(command[command.index("--tally") + 1])
+            lines.write_text(json.dumps({"test": "a", "outcome": "passed", "seconds": 1.0}) + "\n")
+        elif "compute-sanitizer" in text:
+            log.write_text("triton: 12 calls\n========= ERROR SUMMARY: 0 errors\n")
+        else:
+            line = {"row": "one", "phase": "plain", "milliseconds": {"product": 1.0, "triton": 2.0}, "failed": {}}
+            Path(command[command.index("--results") + 1]).write_text(json.dumps(line) + "\n")
+        return 0
+
+    def process(command: list[str], log: Path, limit: float, cwd: Path, environment: dict[str, str]) -> Ended:
+        assert limit > 0
+        return Ended(answer(command, log, environment), 0.1)
+
+    assert GpuRun(tmp_path, "cuda", quick=False, process=process).all() == 1
+    (path,) = tmp_path.glob("nvidia-x-1-*.json")
+    content = json.loads(path.read_text())
+    statuses = {stage["name"]: stage["status"] for stage in content["stages"]}
+    assert list(statuses) == [*SECONDS, "benchmarks"]
+    assert {name for name, status in statuses.items() if status != "ok"} == {"build cuda"}
+    assert sum(SECONDS.values()) < 60 * MINUTES - 60  # what is left for measuring at the worst
+    assert "x 2.00" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.jsonl"))
+    assert len(list(tmp_path.iterdir())) <= 8
