@@ -17,10 +17,10 @@ ARCHITECTURES = ("80", "90a", "100")
 SHARED_MEMORY, REGISTERS = 164 << 10, 65536  # of a processor of sm_80; later ones have as much or more
 THREADS, BLOCKS = 128, 2  # of a block; blocks that a processor is to hold at once
 SLOTS = {  # of x and of y: each number of slots, on both sides, and the extremes for each arithmetic
-    "bfloat16": [(4, 4), (1, 1), (2, 1), (8, 8), (16, 16), (64, 64), (64, 1), (16, 2)],
-    "float16": [(4, 4), (64, 64)],
-    "tf32": [(4, 4), (8, 8), (64, 64)],
-    "float": [(4, 4), (1, 1), (8, 8), (64, 64), (64, 4)],
+    "bfloat16": [(4, 4), (1, 1), (2, 1), (16, 16), (64, 64), (16, 2)],
+    "float16": [(4, 4), (64, 1)],
+    "tf32": [(4, 4), (8, 8)],
+    "float": [(4, 4), (1, 1), (8, 8), (64, 64)],
 }
 
 
@@ -29,6 +29,8 @@ def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
+
+KERNELS = (("forward", "Forward"), ("weights", "Weight"), ("hardest", "Hardest"))  # and their parameters
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the CUDA kernels are not compiled here")
 
@@ -54,7 +56,9 @@ def source() -> str:
     lines = ['#include "smooth_chamfer_launch.h"', '#include "smooth_chamfer_pack.h"', "namespace setemb::cuda {"]
     for arithmetic, sizes in SLOTS.items():
         for x, y in sizes:
-            for kernel, params in (("forward", "Forward"), ("weights", "Weight")):
+            for kernel, params in KERNELS:
+                if (kernel, x) == ("hardest", 1):
+                    continue  # not compiled: such sets take two slots there
                 lines.append(f"template __global__ void {kernel}_kernel<{arithmetic}, {x}, {y}>({params}Params);")
     for dtype in ("bfloat16", "float16", "float"):
         lines.append(f"template __global__ void pack_kernel<{dtype}>(PackParams);")
@@ -96,8 +100,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Report
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_smooth_chamfer(architecture: str, reports: dict[str, Future[Report]]) -> None:
     report = reports[architecture].result()
-    expected = 2 * sum(map(len, SLOTS.values())) + 6
-    assert len(report.kernels) == expected
+    assert len(report.kernels) == source().count("__global__")
     for kernel in report.kernels:
         assert kernel.spills == 0 and kernel.stack == 0, kernel
         assert kernel.registers * THREADS * BLOCKS <= REGISTERS, kernel
