@@ -131,7 +131,7 @@ def hardest(
 ) -> tuple[Hardest, Hardest]:
     """For each set of x and each set of y its most similar negative; no similarity is stored.
 
-    Negatives are pairs of different ``x_group [N]`` and ``y_group [M]`` (int64; where None, of different index).
+    Negatives are pairs of different ``x_group [N]`` and ``y_group [M]`` (integers; where None, of different index).
     Similarities are compared in float32; one that is NaN takes no part.
     """
     (N, K), (M, L) = x.shape[:2], y.shape[:2]
@@ -141,7 +141,7 @@ def hardest(
         if _slots(K) < _slots(L):
             x_side, y_side = y_side, x_side
         call = _Call(x_side[0], y_side[0], alpha, x_side[1], y_side[1], least_slots=2)
-        ids = (None if group is None else group.contiguous() for group in (x_side[2], y_side[2]))
+        ids = (None if group is None else group.long().contiguous() for group in (x_side[2], y_side[2]))
         _kernels().smooth_chamfer_hardest(
             *call.operands(), *ids, x_side[3], y_side[3], *call.alpha, *call.slots(), call.arithmetic
         )

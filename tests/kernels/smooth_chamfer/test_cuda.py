@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from setemb_kernels import _triton
+from setemb_kernels import _triton, set_triplet_loss
 from setemb_kernels.ops.smooth_chamfer import cuda as backend
+from setemb_kernels.ops.smooth_chamfer.op import BACKENDS
 from tests.kernels.cuda.emulate import ORDERS, Emulator, compiler, view
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
 from tests.kernels.smooth_chamfer import cases as table
@@ -52,9 +53,7 @@ class Kernels:
             self.emulator.register(t)
         for t in (best_x, best_y):
             self.emulator.register(t, writable=True)
-        self.emulator.call(
-            "smooth_chamfer_hardest", *(view(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
-        )
+        self._run("smooth_chamfer_hardest", arguments)
 
     def smooth_chamfer_weights(self, *arguments: Any) -> None:
         *inputs, chunk, alpha_parts, _, device_alpha = arguments[:12]
@@ -325,3 +324,23 @@ def test_hardest_leaves_out_what_is_not_a_number(kernels: Kernels) -> None:
     assert rows.who[3] == -1 and rows.value[3] == -float("inf")
     s[3] = -float("inf")
     assert torch.equal(columns.who, s.argmax(0)) and torch.equal(columns.value, s.amax(0))
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_the_triplet_loss_takes_the_kernel(groups: bool, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    i = NAMED["paper"].build(torch.float32)
+    y = i.y[:20]
+    options = {"x_group": torch.arange(20, dtype=torch.int32) % 7, "y_group": torch.arange(20) % 7} if groups else {}
+
+    def loss_and_gradient() -> tuple[Tensor, Tensor]:
+        x = i.x.clone().requires_grad_()
+        loss = set_triplet_loss(x, y, margin=0.3, **options)
+        loss.backward()
+        assert x.grad is not None
+        return loss.detach(), x.grad
+
+    expected = loss_and_gradient()
+    monkeypatch.setattr(BACKENDS, "implementation", lambda reference, *tensors: backend)
+    for got, want in zip(loss_and_gradient(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert kernels.launches == 3  # two packed, one launched; the backward visits winners only
