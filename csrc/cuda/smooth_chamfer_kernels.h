@@ -445,8 +445,7 @@ SETEMB_DEVICE void store_weights(Scores& c, T* chunk, int64_t width) {
         store(reinterpret_cast<Two*>(row + 8 * u + 2 * q),
               Two{{bits_of(score(c, i, 2 * u)), bits_of(score(c, i, 2 * u + 1))}});
       }
-    } else {  // an odd lane takes four columns of one block of eight from its neighbour and itself, an even one of the
-              // other
+    } else {  // of two neighbouring lanes one stores four columns of block u, the other of block u + 1
       SETEMB_UNROLL
       for (int u = 0; u < 8; u += 2) {
         const uint32_t here = pack_two<T>(score(c, i, 2 * u), score(c, i, 2 * u + 1));

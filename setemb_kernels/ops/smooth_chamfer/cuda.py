@@ -1,12 +1,13 @@
 """Smooth-Chamfer on a GPU, in CUDA C++: the host side. ``csrc/cuda/smooth_chamfer.h`` says what the kernels do and how
 a packed operand lies in memory, `reference` has the maths.
 
-    pack, forward, weights, unpack    our kernels, registered with torch by the compiled module
-    torch.addmm                       dX += W Y, dY += W^T X, accumulated in float32
+    pack, forward, hardest, weights, unpack    our kernels, registered with torch by the compiled module
+    torch.addmm                                dX += W Y, dY += W^T X, accumulated in float32
 
-**Why the two plain products are torch's.** They are two of the backward's three, and cuBLAS makes them with the widest
-tensor-core instructions that a chip has, twice as fast on sm_90 as those that our own kernel would use; float32 follows
-torch's settings by itself. What a kernel of ours could save is the way of W through the level-2 cache.
+**Why the two plain products are torch's.** They are two of the backward's three, and cuBLAS makes them with the fastest
+tensor-core instructions that a chip has (wgmma on sm_90, which our kernels do not use); float32 follows torch's settings
+by itself. They are called from here rather than from C++, so that the tests run this very code without a GPU. What a
+kernel of ours could save is the way of W through the level-2 cache.
 
 **Range.** Sets whose vectors are so long that a dot product could overflow are packed times a power of two. A warp
 looks at the longest vectors of its two groups of sets: where Cauchy-Schwarz bounds |alpha c|, ``exp(alpha c)`` needs no
@@ -41,7 +42,7 @@ _ARITHMETIC = {torch.bfloat16: 0, torch.float16: 1, "tf32": 2, torch.float32: 3}
 
 
 def _kernels() -> Any:
-    """The four kernels, by name."""
+    """The kernels, by name."""
     return torch.ops.setemb_cuda
 
 
