@@ -5,9 +5,9 @@ a packed operand lies in memory, `reference` has the maths.
     torch.addmm                                dX += W Y, dY += W^T X, accumulated in float32
 
 **Why the two plain products are torch's.** They are two of the backward's three, and cuBLAS makes them with the fastest
-tensor-core instructions that a chip has (wgmma on sm_90, which our kernels do not use); float32 follows torch's settings
-by itself. They are called from here rather than from C++, so that the tests run this very code without a GPU. What a
-kernel of ours could save is the way of W through the level-2 cache.
+tensor-core instructions that a chip has (wgmma on sm_90, which our kernels do not use); float32 follows torch's
+settings by itself. They are called from here rather than from C++, so that the tests run this very code without a GPU.
+What a kernel of ours could save is the way of W through the level-2 cache.
 
 **Range.** Sets whose vectors are so long that a dot product could overflow are packed times a power of two. A warp
 looks at the longest vectors of its two groups of sets: where Cauchy-Schwarz bounds |alpha c|, ``exp(alpha c)`` needs no
