@@ -90,7 +90,10 @@ def cuda_modules() -> list[Extension]:
     return [
         CUDAExtension(
             "setemb_kernels._C_cuda",
-            extra_compile_args={"cxx": [*optimisation(), "-fvisibility=hidden"], "nvcc": optimisation()},
+            extra_compile_args={
+                "cxx": [*optimisation(), "-fvisibility=hidden"],
+                "nvcc": [*optimisation(), "-Xfatbin=-compress-all"],
+            },
             library_dirs=[str(Path(CUDA_HOME or "") / "lib")],  # torch looks in lib64
             **settings(
                 [str(path.relative_to(HERE)) for path in sources], SETEMB_CUDA_ARCHITECTURES=f'"{architectures}"'

@@ -2,6 +2,7 @@
 //
 //   pack      x or y -> packed operand, and what the other kernels need to know of its sets
 //   forward   packed operands -> similarity [N, M]
+//   hardest   packed operands, ids -> the most similar negative of each set of x and of y
 //   weights   packed operands, upstream gradient -> a chunk of W = g ds/dc, and partial sums for d/dalpha
 //   unpack    float32 sums in packed order -> gradients in the layout and dtype of the inputs
 //
@@ -84,6 +85,12 @@ struct ForwardParams {
   int64_t stride_n, stride_m;
 };
 
+struct HardestParams {
+  TileParams tile;
+  const int64_t *x_ids, *y_ids;  // [N], [M]: pairs of equal ids are positives; null: of equal index
+  uint64_t *x_best, *y_best;     // [N], [M], 0 at first: see key_of
+};
+
 struct WeightParams {
   TileParams tile;
   const void* grad;  // [N, M]
@@ -100,6 +107,8 @@ void launch_pack(Arithmetic arithmetic, const PackParams& p, int64_t groups, Str
 void launch_unpack(Arithmetic arithmetic, const UnpackParams& p, Stream stream);
 template <class A>
 void launch_forward(const ForwardParams& p, int x_slots, int y_slots, Stream stream);
+template <class A>
+void launch_hardest(const HardestParams& p, int x_slots, int y_slots, Stream stream);
 template <class A>
 void launch_weights(const WeightParams& p, int x_slots, int y_slots, Stream stream);
 

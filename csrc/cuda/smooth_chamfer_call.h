@@ -102,13 +102,12 @@ void with_arithmetic(Arithmetic arithmetic, const F& f) {
 
 template <class Tensor>
 TileParams tile_params(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats, const Tensor& y_rows,
-                       const Tensor& y_valid, const Tensor& y_stats, const Tensor& pairs, double alpha,
+                       const Tensor& y_valid, const Tensor& y_stats, int64_t N, int64_t M, double alpha,
                        const std::optional<Tensor>& device_alpha, int64_t x_slots, int64_t y_slots) {
   constexpr double kMost = std::numeric_limits<float>::max();
-  return {operand_of(x_rows, x_valid, x_stats, pairs.size(0), static_cast<int>(x_slots)),
-          operand_of(y_rows, y_valid, y_stats, pairs.size(1), static_cast<int>(y_slots)),
-          static_cast<int>(x_rows.size(1)), static_cast<float>(alpha < kMost ? alpha : kMost),
-          data_of<const float>(device_alpha)};
+  return {operand_of(x_rows, x_valid, x_stats, N, static_cast<int>(x_slots)),
+          operand_of(y_rows, y_valid, y_stats, M, static_cast<int>(y_slots)), static_cast<int>(x_rows.size(1)),
+          static_cast<float>(alpha < kMost ? alpha : kMost), data_of<const float>(device_alpha)};
 }
 
 template <class Tensor>
@@ -116,11 +115,26 @@ void forward(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats,
              const Tensor& y_valid, const Tensor& y_stats, const Tensor& out, double alpha,
              const std::optional<Tensor>& device_alpha, int64_t x_slots, int64_t y_slots, Arithmetic arithmetic,
              Stream stream) {
-  const ForwardParams p = {
-      tile_params(x_rows, x_valid, x_stats, y_rows, y_valid, y_stats, out, alpha, device_alpha, x_slots, y_slots),
-      data_of<void>(out), out.stride(0), out.stride(1)};
+  const ForwardParams p = {tile_params(x_rows, x_valid, x_stats, y_rows, y_valid, y_stats, out.size(0), out.size(1),
+                                       alpha, device_alpha, x_slots, y_slots),
+                           data_of<void>(out), out.stride(0), out.stride(1)};
   with_arithmetic(arithmetic, [&](auto* a) {
     launch_forward<std::remove_pointer_t<decltype(a)>>(p, static_cast<int>(x_slots), static_cast<int>(y_slots), stream);
+  });
+}
+
+template <class Tensor>
+void hardest(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats, const Tensor& y_rows,
+             const Tensor& y_valid, const Tensor& y_stats, const std::optional<Tensor>& x_ids,
+             const std::optional<Tensor>& y_ids, const Tensor& x_best, const Tensor& y_best, double alpha,
+             const std::optional<Tensor>& device_alpha, int64_t x_slots, int64_t y_slots, Arithmetic arithmetic,
+             Stream stream) {
+  TileParams tile = tile_params(x_rows, x_valid, x_stats, y_rows, y_valid, y_stats, x_best.size(0), y_best.size(0),
+                                alpha, device_alpha, x_slots, y_slots);
+  const HardestParams p = {tile, data_of<const int64_t>(x_ids), data_of<const int64_t>(y_ids),
+                           data_of<uint64_t>(x_best), data_of<uint64_t>(y_best)};
+  with_arithmetic(arithmetic, [&](auto* a) {
+    launch_hardest<std::remove_pointer_t<decltype(a)>>(p, static_cast<int>(x_slots), static_cast<int>(y_slots), stream);
   });
 }
 
@@ -131,7 +145,8 @@ void weights(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats,
              const std::optional<Tensor>& device_alpha, int64_t x_slots, int64_t y_slots, int64_t x_first,
              int64_t y_first, int64_t x_groups, int64_t y_groups, Arithmetic arithmetic, Stream stream) {
   WeightParams p = {};
-  p.tile = tile_params(x_rows, x_valid, x_stats, y_rows, y_valid, y_stats, grad, alpha, device_alpha, x_slots, y_slots);
+  p.tile = tile_params(x_rows, x_valid, x_stats, y_rows, y_valid, y_stats, grad.size(0), grad.size(1), alpha,
+                       device_alpha, x_slots, y_slots);
   p.grad = data_of<const void>(grad);
   p.stride_n = grad.stride(0), p.stride_m = grad.stride(1);
   p.exponents = data_of<const int32_t>(exponents);

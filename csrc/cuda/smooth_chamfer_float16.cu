@@ -4,6 +4,7 @@
 namespace setemb::cuda {
 
 template void launch_forward<float16>(const ForwardParams&, int, int, Stream);
+template void launch_hardest<float16>(const HardestParams&, int, int, Stream);
 template void launch_weights<float16>(const WeightParams&, int, int, Stream);
 
 }  // namespace setemb::cuda

@@ -182,6 +182,34 @@ SETEMB_DEVICE float saturated(float v, float limit) {
   return v > limit ? limit : v < -limit ? -limit : v;
 }  // NaN stays
 
+// Of one pair of sets, whether or not they exist. The scores are overwritten.
+template <int SX, int SY>
+SETEMB_DEVICE float similarity(const Block<SX, SY>& block, const Pair<SX, SY>& pair, bool bounded) {
+  using B = Block<SX, SY>;
+  const float x_weight = load(pair.p.x.weight + pair.x_set(block.x_item));
+  const float y_weight = load(pair.p.y.weight + pair.y_set(block.y_item));
+  float s;
+  if (SX == 1 && SY == 1) {
+    s = times_power(block.at(0, 0) * (x_weight + y_weight), pair.exponent(block.x_item, block.y_item));
+  } else if (bounded) {
+    float by_row[B::K], by_column[B::L];
+    block.exponentials(pair.alpha.scale, by_row, by_column);
+    s = (x_weight * B::over_rows(log2_of_product(by_row)) + y_weight * B::over_columns(log2_of_product(by_column))) *
+        pair.alpha.inverse;
+  } else {
+    const int e = pair.exponent(block.x_item, block.y_item);
+    const float unit = pair.unit(e);
+    float row_top[B::K], row_total[B::K], column_top[B::L], column_total[B::L];
+    block.shifted_rows(unit, row_top, row_total);
+    block.shifted_columns(unit, column_top, column_total);
+    s = B::over_rows(B::sum_of(row_top)) * x_weight + B::over_columns(B::sum_of(column_top)) * y_weight;
+    const float log =
+        B::over_rows(log2_of_product(row_total)) * x_weight + B::over_columns(log2_of_product(column_total)) * y_weight;
+    s = times_power(s + times_power(log * pair.alpha.inverse, -e), e);
+  }
+  return x_weight == 0 || y_weight == 0 ? 0.0f : s;  // next to an empty set
+}
+
 template <class T, int SX, int SY>
 SETEMB_DEVICE void store_similarities(Scores& c, const Pair<SX, SY>& pair, const ForwardParams& p) {
   using B = Block<SX, SY>;
@@ -190,31 +218,8 @@ SETEMB_DEVICE void store_similarities(Scores& c, const Pair<SX, SY>& pair, const
   for (int i = 0; i < B::X::kItems; ++i) {
     SETEMB_UNROLL
     for (int j = 0; j < B::Y::kItems; ++j) {
-      const B block{c, i, j};
+      const float s = similarity(B{c, i, j}, pair, bounded);
       const int64_t n = pair.x_set(i), m = pair.y_set(j);
-      const float x_weight = load(p.tile.x.weight + n), y_weight = load(p.tile.y.weight + m);
-      float s;
-      if (SX == 1 && SY == 1) {
-        const int e = pair.exponent(i, j);
-        s = times_power(block.at(0, 0) * (x_weight + y_weight), e);
-      } else if (bounded) {
-        float by_row[B::K], by_column[B::L];
-        block.exponentials(pair.alpha.scale, by_row, by_column);
-        s = (x_weight * B::over_rows(log2_of_product(by_row)) +
-             y_weight * B::over_columns(log2_of_product(by_column))) *
-            pair.alpha.inverse;
-      } else {
-        const int e = pair.exponent(i, j);
-        const float unit = pair.unit(e);
-        float row_top[B::K], row_total[B::K], column_top[B::L], column_total[B::L];
-        block.shifted_rows(unit, row_top, row_total);
-        block.shifted_columns(unit, column_top, column_total);
-        s = B::over_rows(B::sum_of(row_top)) * x_weight + B::over_columns(B::sum_of(column_top)) * y_weight;
-        const float log = B::over_rows(log2_of_product(row_total)) * x_weight +
-                          B::over_columns(log2_of_product(column_total)) * y_weight;
-        s = times_power(s + times_power(log * pair.alpha.inverse, -e), e);
-      }
-      if (x_weight == 0 || y_weight == 0) s = 0;  // next to an empty set
       if (n < p.tile.x.sets && m < p.tile.y.sets && B::X::is_first() && B::Y::is_first()) {
         store(static_cast<T*>(p.out) + n * p.stride_n + m * p.stride_m, from_float<T>(saturated(s, largest_of<T>())));
       }
@@ -233,6 +238,87 @@ forward_kernel(ForwardParams p) {
                           sharpness(p.tile)};
   drop_invalid(c, pair);
   store_similarities<Storage<A>>(c, pair, p);
+}
+
+// --- the most similar negative of each set
+
+// A finite similarity as an integer: the larger the more similar, and never 0.
+SETEMB_DEVICE uint32_t ordered(float s) {
+  const uint32_t bits = bits_of(s + 0.0f);  // -0 becomes 0
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+// With the index of a set: of equals the lower index is the larger key. 0: none.
+using Key = uint64_t;
+SETEMB_DEVICE Key key_of(uint32_t similarity, int64_t index) {
+  return similarity == 0 ? 0 : static_cast<Key>(similarity) << 32 | ~static_cast<uint32_t>(index);
+}
+SETEMB_DEVICE Key larger(Key a, Key b) { return a > b ? a : b; }
+SETEMB_DEVICE Key larger_over_lanes(Key v, int lanes) {
+  const uint32_t low = shuffle_xor(static_cast<uint32_t>(v), lanes);
+  const uint32_t high = shuffle_xor(static_cast<uint32_t>(v >> 32), lanes);
+  return larger(v, static_cast<Key>(high) << 32 | low);
+}
+SETEMB_DEVICE int64_t id_of(const int64_t* ids, int64_t i) { return ids == nullptr ? i : load(ids + i); }
+
+// Keys by atomic maxima, which do not depend on the order of blocks. A similarity that is NaN takes no part.
+template <class A, int SX, int SY>
+SETEMB_KERNEL(kThreads, 2)
+hardest_kernel(HardestParams p) {
+  using B = Block<SX, SY>;
+  const TilePosition tile = tile_position(block_index(), p.tile.x.groups / 2, p.tile.y.groups / 2);
+  Scores c;
+  make_scores<A>(c, p.tile, static_cast<int64_t>(tile.row) * kTile, static_cast<int64_t>(tile.column) * kTile);
+  const Pair<SX, SY> pair{p.tile, 2 * tile.row + warp_index() / 2, 2 * tile.column + warp_index() % 2,
+                          sharpness(p.tile)};
+  drop_invalid(c, pair);
+  const bool bounded = pair.is_bounded();
+  // similarities where the first scores of their pairs were; then in order, 0 for what takes no part
+  SETEMB_UNROLL
+  for (int i = 0; i < B::X::kItems; ++i) {
+    SETEMB_UNROLL
+    for (int j = 0; j < B::Y::kItems; ++j) {
+      const B block{c, i, j};
+      block.at(0, 0) = saturated(similarity(block, pair, bounded), kLargest);
+    }
+  }
+  SETEMB_UNROLL
+  for (int i = 0; i < B::X::kItems; ++i) {
+    const int64_t n = pair.x_set(i);
+    const int64_t x_id = n < p.tile.x.sets ? id_of(p.x_ids, n) : 0;
+    SETEMB_UNROLL
+    for (int j = 0; j < B::Y::kItems; ++j) {
+      const int64_t m = pair.y_set(j);
+      float& s = B{c, i, j}.at(0, 0);
+      const bool takes_part = n < p.tile.x.sets && m < p.tile.y.sets && x_id != id_of(p.y_ids, m) && s == s;
+      s = float_of(takes_part ? ordered(s) : 0);
+    }
+  }
+  SETEMB_UNROLL
+  for (int i = 0; i < B::X::kItems; ++i) {
+    uint32_t best = 0;
+    int best_j = 0;
+    SETEMB_UNROLL
+    for (int j = 0; j < B::Y::kItems; ++j) {
+      const uint32_t s = bits_of(B{c, i, j}.at(0, 0));
+      if (s > best) best = s, best_j = j;
+    }
+    Key key = key_of(best, pair.y_set(best_j));
+    key = larger_over_lanes(larger_over_lanes(key, 1), 2);
+    if (key != 0 && lane_index() % 4 == 0 && B::X::is_first()) atomic_max(p.x_best + pair.x_set(i), key);
+  }
+  SETEMB_UNROLL
+  for (int j = 0; j < B::Y::kItems; ++j) {
+    uint32_t best = 0;
+    int best_i = 0;
+    SETEMB_UNROLL
+    for (int i = 0; i < B::X::kItems; ++i) {
+      const uint32_t s = bits_of(B{c, i, j}.at(0, 0));
+      if (s > best) best = s, best_i = i;
+    }
+    Key key = key_of(best, pair.x_set(best_i));
+    key = larger_over_lanes(larger_over_lanes(larger_over_lanes(key, 4), 8), 16);
+    if (key != 0 && lane_index() / 4 == 0 && B::Y::is_first()) atomic_max(p.y_best + pair.y_set(j), key);
+  }
 }
 
 // --- backward
@@ -359,8 +445,7 @@ SETEMB_DEVICE void store_weights(Scores& c, T* chunk, int64_t width) {
         store(reinterpret_cast<Two*>(row + 8 * u + 2 * q),
               Two{{bits_of(score(c, i, 2 * u)), bits_of(score(c, i, 2 * u + 1))}});
       }
-    } else {  // an odd lane takes four columns of one block of eight from its neighbour and itself, an even one of the
-              // other
+    } else {  // of two neighbouring lanes one stores four columns of block u, the other of block u + 1
       SETEMB_UNROLL
       for (int u = 0; u < 8; u += 2) {
         const uint32_t here = pack_two<T>(score(c, i, 2 * u), score(c, i, 2 * u + 1));

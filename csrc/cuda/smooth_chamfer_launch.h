@@ -1,4 +1,5 @@
-// From numbers of slots at run time to kernels: the definitions of launch_forward and launch_weights.
+// From numbers of slots at run time to kernels: the definitions of launch_forward, launch_hardest and
+// launch_weights.
 #pragma once
 
 #include <stdexcept>
@@ -53,6 +54,18 @@ void launch_forward(const ForwardParams& p, int x_slots, int y_slots, Stream str
   with_both_slots(x_slots, y_slots, [&](auto x, auto y) {
     launch("smooth_chamfer forward", forward_kernel<A, x(), y()>, p, tiles(p.tile.x.groups, p.tile.y.groups), kThreads,
            kTileShared, stream);
+  });
+}
+
+template <class A>
+void launch_hardest(const HardestParams& p, int x_slots, int y_slots, Stream stream) {
+  with_both_slots(x_slots, y_slots, [&](auto x, auto y) {
+    if constexpr (x() == 1) {  // would need more registers than there are
+      throw std::runtime_error("smooth_chamfer: no kernel for the hardest negatives of sets of 1 slot");
+    } else {
+      launch("smooth_chamfer hardest", hardest_kernel<A, x(), y()>, p, tiles(p.tile.x.groups, p.tile.y.groups),
+             kThreads, kTileShared, stream);
+    }
   });
 }
 

@@ -21,6 +21,15 @@ void op_forward(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_sta
           static_cast<Arithmetic>(arithmetic), device.stream());
 }
 
+void op_hardest(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats, const Tensor& y_rows,
+                const Tensor& y_valid, const Tensor& y_stats, const Optional& x_ids, const Optional& y_ids,
+                const Tensor& x_best, const Tensor& y_best, double alpha, const Optional& device_alpha, int64_t x_slots,
+                int64_t y_slots, int64_t arithmetic) {
+  const OnDeviceOf device(x_rows);
+  hardest(x_rows, x_valid, x_stats, y_rows, y_valid, y_stats, x_ids, y_ids, x_best, y_best, alpha, device_alpha,
+          x_slots, y_slots, static_cast<Arithmetic>(arithmetic), device.stream());
+}
+
 void op_weights(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats, const Tensor& y_rows,
                 const Tensor& y_valid, const Tensor& y_stats, const Tensor& grad, const Tensor& exponents,
                 const Optional& chunk, const Optional& alpha_parts, double alpha, const Optional& device_alpha,
@@ -49,6 +58,10 @@ void define_smooth_chamfer(StableLibrary& library) {
       " Tensor y_stats, Tensor(a!) out, float alpha, Tensor? device_alpha, int x_slots, int y_slots, int arithmetic)"
       " -> ()");
   library.def(
+      "smooth_chamfer_hardest(Tensor x_rows, Tensor x_valid, Tensor x_stats, Tensor y_rows, Tensor y_valid,"
+      " Tensor y_stats, Tensor? x_ids, Tensor? y_ids, Tensor(a!) x_best, Tensor(b!) y_best, float alpha,"
+      " Tensor? device_alpha, int x_slots, int y_slots, int arithmetic) -> ()");
+  library.def(
       "smooth_chamfer_weights(Tensor x_rows, Tensor x_valid, Tensor x_stats, Tensor y_rows, Tensor y_valid,"
       " Tensor y_stats, Tensor grad, Tensor exponents, Tensor(a!)? chunk, Tensor(b!)? alpha_parts, float alpha,"
       " Tensor? device_alpha, int x_slots, int y_slots, int x_first, int y_first, int x_groups, int y_groups,"
@@ -61,6 +74,7 @@ void define_smooth_chamfer(StableLibrary& library) {
 void register_smooth_chamfer(StableLibrary& library) {
   library.impl("smooth_chamfer_pack", TORCH_BOX(&op_pack));
   library.impl("smooth_chamfer_forward", TORCH_BOX(&op_forward));
+  library.impl("smooth_chamfer_hardest", TORCH_BOX(&op_hardest));
   library.impl("smooth_chamfer_weights", TORCH_BOX(&op_weights));
   library.impl("smooth_chamfer_unpack", TORCH_BOX(&op_unpack));
 }

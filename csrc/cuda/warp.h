@@ -214,6 +214,15 @@ SETEMB_DEVICE void store(T* p, T v) {
   *p = v;
 }
 
+SETEMB_DEVICE void atomic_max(uint64_t* p, uint64_t v) {
+#if defined(__CUDACC__)
+  atomicMax(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));
+#else
+  emulator::check_atomic(p, sizeof(v));
+  if (v > *p) *p = v;
+#endif
+}
+
 // --- all threads of a block, or of a warp, at once
 
 SETEMB_DEVICE void sync_threads() {

@@ -127,7 +127,7 @@ def test_the_cuda_module_loads_and_registers_its_kernels() -> None:
     assert MODULE._load_cuda_module() == ""
     info = importlib.import_module("setemb_kernels._C_cuda").build_info()
     assert info["version"] == setemb_kernels.__version__ and info["cuda_architectures"]
-    for kernel in ("pack", "forward", "weights", "unpack"):
+    for kernel in ("pack", "forward", "hardest", "weights", "unpack"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"setemb_cuda::smooth_chamfer_{kernel}", "CUDA")
     with pytest.raises(NotImplementedError, match="CPU"):
         cuda.forward(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.tensor(16.0), None, None)

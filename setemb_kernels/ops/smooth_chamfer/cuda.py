@@ -1,12 +1,13 @@
 """Smooth-Chamfer on a GPU, in CUDA C++: the host side. ``csrc/cuda/smooth_chamfer.h`` says what the kernels do and how
 a packed operand lies in memory, `reference` has the maths.
 
-    pack, forward, weights, unpack    our kernels, registered with torch by the compiled module
-    torch.addmm                       dX += W Y, dY += W^T X, accumulated in float32
+    pack, forward, hardest, weights, unpack    our kernels, registered with torch by the compiled module
+    torch.addmm                                dX += W Y, dY += W^T X, accumulated in float32
 
-**Why the two plain products are torch's.** They are two of the backward's three, and cuBLAS makes them with the widest
-tensor-core instructions that a chip has, twice as fast on sm_90 as those that our own kernel would use; float32 follows
-torch's settings by itself. What a kernel of ours could save is the way of W through the level-2 cache.
+**Why the two plain products are torch's.** They are two of the backward's three, and cuBLAS makes them with the fastest
+tensor-core instructions that a chip has (wgmma on sm_90, which our kernels do not use); float32 follows torch's
+settings by itself. They are called from here rather than from C++, so that the tests run this very code without a GPU.
+What a kernel of ours could save is the way of W through the level-2 cache.
 
 **Range.** Sets whose vectors are so long that a dot product could overflow are packed times a power of two. A warp
 looks at the longest vectors of its two groups of sets: where Cauchy-Schwarz bounds |alpha c|, ``exp(alpha c)`` needs no
@@ -41,7 +42,7 @@ _ARITHMETIC = {torch.bfloat16: 0, torch.float16: 1, "tf32": 2, torch.float32: 3}
 
 
 def _kernels() -> Any:
-    """The four kernels, by name."""
+    """The kernels, by name."""
     return torch.ops.setemb_cuda
 
 
@@ -111,6 +112,51 @@ def backward(
     return grad_x, grad_y, grad_alpha
 
 
+class Hardest(NamedTuple):
+    """The most similar negatives of the sets of one side."""
+
+    value: Tensor
+    """float32: how similar; -inf where there is none."""
+    who: Tensor
+    """int64: which set of the other side, the lowest of equals; -1 where there is none."""
+
+
+def hardest(
+    x: Tensor,
+    y: Tensor,
+    alpha: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    x_group: Tensor | None = None,
+    y_group: Tensor | None = None,
+) -> tuple[Hardest, Hardest]:
+    """For each set of x and each set of y its most similar negative; no similarity is stored.
+
+    Negatives are pairs of different ``x_group [N]`` and ``y_group [M]`` (integers; where None, of different index).
+    Similarities are compared in float32; one that is NaN takes no part.
+    """
+    (N, K), (M, L) = x.shape[:2], y.shape[:2]
+    best_x, best_y = (torch.zeros(n, dtype=torch.int64, device=x.device) for n in (N, M))
+    if 0 not in (N, M, K, L):
+        x_side, y_side = (x, x_mask, x_group, best_x), (y, y_mask, y_group, best_y)
+        if _slots(K) < _slots(L):
+            x_side, y_side = y_side, x_side
+        call = _Call(x_side[0], y_side[0], alpha, x_side[1], y_side[1], least_slots=2)
+        ids = (None if group is None else group.long().contiguous() for group in (x_side[2], y_side[2]))
+        _kernels().smooth_chamfer_hardest(
+            *call.operands(), *ids, x_side[3], y_side[3], *call.alpha, *call.slots(), call.arithmetic
+        )
+    return _winners(best_x), _winners(best_y)
+
+
+def _winners(keys: Tensor) -> Hardest:
+    """From keys: in the upper half of their bits similarities as ordered integers, in the lower ~index."""
+    upper, lower = keys >> 32 & 0xFFFFFFFF, keys & 0xFFFFFFFF
+    bits = torch.where(upper >= 1 << 31, upper - (1 << 31), -1 - upper)
+    value = bits.to(torch.int32).view(torch.float32)
+    return Hardest(value.masked_fill(keys == 0, -math.inf), (0xFFFFFFFF - lower).masked_fill(keys == 0, -1))
+
+
 class _Packed(NamedTuple):
     """One packed operand."""
 
@@ -135,10 +181,18 @@ class _Packed(NamedTuple):
 class _Call:
     """What the launches of one call share: packed operands, alpha. x has at least as many slots as y."""
 
-    def __init__(self, x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        alpha: Tensor,
+        x_mask: Tensor | None,
+        y_mask: Tensor | None,
+        least_slots: int = 1,  # of x
+    ) -> None:
         self.arithmetic = arithmetic(x.dtype)
-        self.x = _pack(x, x_mask, self.arithmetic)
-        self.y = _pack(y, y_mask, self.arithmetic)
+        self.x = _pack(x, x_mask, max(_slots(x.shape[1]), least_slots), self.arithmetic)
+        self.y = _pack(y, y_mask, _slots(y.shape[1]), self.arithmetic)
         self.alpha: tuple[float, Tensor | None] = (float(alpha), None) if _on_host(alpha) else (0.0, alpha.float())
 
     def operands(self) -> tuple[Tensor, ...]:
@@ -170,9 +224,8 @@ def _up(n: int, step: int) -> int:
     return (n + step - 1) // step * step
 
 
-def _pack(v: Tensor, mask: Tensor | None, code: int) -> _Packed:
-    N, K, D = v.shape
-    slots = _slots(K)
+def _pack(v: Tensor, mask: Tensor | None, slots: int, code: int) -> _Packed:
+    N, _, D = v.shape
     rows = _up(N * slots, _TILE)
     groups, sets = rows // _GROUP, rows // slots
     packed = v.new_empty(rows, _up(max(D, 1), _STEP_BYTES // v.element_size()))

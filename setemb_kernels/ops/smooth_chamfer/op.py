@@ -6,6 +6,7 @@ autograd, autocast. The maths is in `reference`, the kernels in ``csrc/cpu/smoot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -124,6 +125,12 @@ def _backward(
     return BACKENDS.implementation(reference, x, y).backward(
         grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha
     )
+
+
+def hardest_kernel(x: Tensor, y: Tensor) -> Callable[..., Any] | None:
+    """A kernel that finds the most similar negative of each set without storing similarities, where one serves; see
+    `cuda.hardest`."""
+    return getattr(BACKENDS.implementation(reference, x, y), "hardest", None)
 
 
 # --- shapes for tracing

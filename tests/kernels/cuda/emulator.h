@@ -409,6 +409,13 @@ inline void check_store(void* p, std::size_t bytes, std::size_t alignment) {
   }
 }
 
+// Not counted as a write, and no race.
+inline void check_atomic(void* p, std::size_t bytes) {
+  check_alignment("atomic", p, bytes);
+  const Buffer* b = buffer_of(p, bytes);
+  if (b == nullptr || !b->writable) fail(described("atomic", p, bytes) + " is outside all outputs");
+}
+
 inline int thread_index() { return machine().current; }
 inline int block_index() { return machine().block; }
 inline int block_count() { return machine().blocks; }

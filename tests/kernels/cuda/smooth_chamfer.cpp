@@ -34,6 +34,17 @@ int smooth_chamfer_forward(const View* x_rows, const View* x_valid, const View* 
   });
 }
 
+int smooth_chamfer_hardest(const View* x_rows, const View* x_valid, const View* x_stats, const View* y_rows,
+                           const View* y_valid, const View* y_stats, const View* x_ids, const View* y_ids,
+                           const View* x_best, const View* y_best, double alpha, const View* device_alpha,
+                           int64_t x_slots, int64_t y_slots, int64_t arithmetic, char* message, size_t size) {
+  return emulator_guarded(message, size, [&] {
+    hardest(*x_rows, *x_valid, *x_stats, *y_rows, *y_valid, *y_stats, optional_view(x_ids), optional_view(y_ids),
+            *x_best, *y_best, alpha, optional_view(device_alpha), x_slots, y_slots, static_cast<Arithmetic>(arithmetic),
+            nullptr);
+  });
+}
+
 int smooth_chamfer_weights(const View* x_rows, const View* x_valid, const View* x_stats, const View* y_rows,
                            const View* y_valid, const View* y_stats, const View* grad, const View* exponents,
                            const View* chunk, const View* alpha_parts, double alpha, const View* device_alpha,

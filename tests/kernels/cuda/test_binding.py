@@ -66,6 +66,11 @@ def _main() -> None:
                 op.check(op.run, op.NAMED[name], dtype)
     smooth_chamfer.backend._on_host = lambda alpha: False
     smooth_chamfer.check(smooth_chamfer.run, smooth_chamfer.NAMED["masks"], torch.float32)
+    i = smooth_chamfer.NAMED["paper"].build(torch.float32)
+    rows, columns = smooth_chamfer.backend.hardest(*i[:5], torch.full((20,), 7), None)
+    s = smooth_chamfer.backend.forward(*i[:5])
+    s[:, 7] = -float("inf")
+    assert torch.equal(rows.who, s.argmax(1)) and torch.equal(columns.value, s.amax(0))
     print("passed", COUNT)
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from setemb_kernels import _triton
+from setemb_kernels import _triton, set_triplet_loss
 from setemb_kernels.ops.smooth_chamfer import cuda as backend
+from setemb_kernels.ops.smooth_chamfer.op import BACKENDS
 from tests.kernels.cuda.emulate import ORDERS, Emulator, compiler, view
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
 from tests.kernels.smooth_chamfer import cases as table
@@ -45,6 +46,15 @@ class Kernels:
         *operands, out, _, device_alpha = arguments[:9]
         self._call("smooth_chamfer_forward", [*operands, device_alpha], [out], arguments)
 
+    def smooth_chamfer_hardest(self, *arguments: Any) -> None:
+        *inputs, best_x, best_y, _, device_alpha = arguments[:12]
+        self.emulator.reset(self.order)
+        for t in (*inputs, device_alpha):
+            self.emulator.register(t)
+        for t in (best_x, best_y):
+            self.emulator.register(t, writable=True)
+        self._run("smooth_chamfer_hardest", arguments)
+
     def smooth_chamfer_weights(self, *arguments: Any) -> None:
         *inputs, chunk, alpha_parts, _, device_alpha = arguments[:12]
         x_first, y_first, x_groups, y_groups, _ = arguments[-5:]
@@ -63,11 +73,14 @@ class Kernels:
             self.emulator.register(t)
         for t in outputs:
             self.emulator.register(t, writable=True)
-        self.emulator.call(name, *(view(a) if a is None or isinstance(a, Tensor) else a for a in arguments))
+        self._run(name, arguments)
         for t in outputs:
             if t is not None and t.numel():
                 covers = t.numel() == 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
                 assert self.emulator.writes(t) == (int(covers), 1), f"{name}: not every element is written once"
+
+    def _run(self, name: str, arguments: Any) -> None:
+        self.emulator.call(name, *(view(a) if a is None or isinstance(a, Tensor) else a for a in arguments))
         phases, conflicts, _ = self.emulator.counts()
         assert conflicts == 0, f"{name}: {conflicts} of {phases} reads of shared memory meet in a bank"
         self.launches += 1
@@ -214,3 +227,120 @@ def test_what_is_refused() -> None:
     assert "at most 64 vectors, got 3 and 65" in backend.refusal(x[:, :3], x)
     assert "float32, bfloat16 or float16, got float64" in backend.refusal(x[:, :3].double(), x[:, :3].double())
     assert backend.refusal(x[:, :64], x[:, :1]) == ""
+
+
+def test_what_is_not_finite_next_to_an_empty_set(kernels: Kernels) -> None:
+    i = Case("", 4, 6, 3, 2, 16).build(torch.float32)
+    i.x[1, 2, 0] = float("nan")
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    mask[4] = False
+    s = backend.forward(i.x, i.y, i.alpha, None, mask)
+    assert s[1, 4] == 0 and s[1].isnan().sum() == 5
+
+
+def test_long_vectors_next_to_short_ones(kernels: Kernels) -> None:
+    """Their products are ordinary, though one side is scaled."""
+    i = NAMED["paper"].build(torch.float32)
+    arguments = (i.alpha, i.x_mask, i.y_mask)
+    scaled = (i.x * 2.0**100, i.y * 2.0**-100)
+    torch.testing.assert_close(backend.forward(*scaled, *arguments), backend.forward(i.x, i.y, *arguments))
+    expected = backend.backward(i.grad, i.x, i.y, *arguments, True, True, False)
+    gradients = backend.backward(i.grad, *scaled, *arguments, True, True, False)
+    for got, want, factor in zip(
+        gradients[:2],
+        expected,
+        (2.0**100, 2.0**-100),
+        strict=False,
+    ):
+        torch.testing.assert_close(got * factor, want)
+
+
+HARDEST = [
+    "odd sizes",
+    "paper",
+    "larger than a tile",
+    "one vector a set",
+    "one against many",
+    "many against one",
+    "one element",
+    "K 2 L 7",
+    "K 64 L 5",
+    "K 5 L 64",
+    "masks",
+    "empty sets among others",
+    "all masked",
+    "ties",
+    "alpha 1e30",
+    "overflowing products",
+    "one far outlier",
+    "no y",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS[:3])
+@pytest.mark.parametrize("groups", ["", "few", "one"])
+@pytest.mark.parametrize("name", HARDEST)
+def test_hardest(name: str, groups: str, order: int, kernels: Kernels) -> None:
+    """What sorting the same kernels' similarities would give, to the bit.
+
+    But not for sets of one vector each, which go by exponentials and logarithms here: 2.5 units 2^-22 of a
+    logarithm and one rounding of a number up to 23, over alpha log2(e) = 23.
+    """
+    kernels.order = order
+    i = NAMED[name].build(torch.float32)
+    N, M = i.grad.shape
+    generator = torch.Generator().manual_seed(3)
+    kinds = {"": 0, "few": 4, "one": 1}[groups]
+    ids = [torch.randint(kinds, (n,), generator=generator) - 2**40 if kinds else None for n in (N, M)]
+    s = backend.forward(*i[:5])
+    x, y = (torch.arange(n) if own is None else own for n, own in zip((N, M), ids, strict=True))
+    s[x[:, None] == y] = -float("inf")
+    for got, negatives in zip(backend.hardest(*i[:5], *ids), (s, s.T), strict=True):
+        for value, who, row in zip(got.value, got.who, negatives, strict=True):
+            best = row.max() if len(row) else torch.tensor(-float("inf"))
+            if name == "one vector a set" and who >= 0:
+                assert abs(value - best) <= 2**-22 and row[who] >= best - 2**-21
+            else:
+                assert value == best
+                assert who == (-1 if best == -float("inf") else (row == best).nonzero()[0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hardest_is_compared_in_float32(dtype: torch.dtype, kernels: Kernels) -> None:
+    """Similarities that are equal in a 16-bit dtype are told apart."""
+    i = NAMED["one vector a set"].build(dtype)
+    s = i.x.double().flatten(1) @ i.y.double().flatten(1).T
+    s.fill_diagonal_(-float("inf"))
+    rows, columns = backend.hardest(*i[:5])
+    assert torch.equal(rows.who, s.argmax(1)) and torch.equal(columns.who, s.argmax(0))
+    torch.testing.assert_close(rows.value.double(), s.amax(1), rtol=0, atol=6 * 2**-23)  # steps of 16 features, cut
+
+
+def test_hardest_leaves_out_what_is_not_a_number(kernels: Kernels) -> None:
+    i = NAMED["paper"].build(torch.float32)
+    i.x[3, 1, 5] = float("nan")
+    s = backend.forward(*i[:5]).masked_fill(torch.eye(20, 100, dtype=torch.bool), -float("inf"))
+    rows, columns = backend.hardest(*i[:5])
+    assert rows.who[3] == -1 and rows.value[3] == -float("inf")
+    s[3] = -float("inf")
+    assert torch.equal(columns.who, s.argmax(0)) and torch.equal(columns.value, s.amax(0))
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_the_triplet_loss_takes_the_kernel(groups: bool, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    i = NAMED["paper"].build(torch.float32)
+    y = i.y[:20]
+    options = {"x_group": torch.arange(20, dtype=torch.int32) % 7, "y_group": torch.arange(20) % 7} if groups else {}
+
+    def loss_and_gradient() -> tuple[Tensor, Tensor]:
+        x = i.x.clone().requires_grad_()
+        loss = set_triplet_loss(x, y, margin=0.3, **options)
+        loss.backward()
+        assert x.grad is not None
+        return loss.detach(), x.grad
+
+    expected = loss_and_gradient()
+    monkeypatch.setattr(BACKENDS, "implementation", lambda reference, *tensors: backend)
+    for got, want in zip(loss_and_gradient(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert kernels.launches == 3  # two packed, one launched; the backward visits winners only
