@@ -169,6 +169,25 @@ def test_a_layout_that_cannot_be_copied_in_chunks_gives_the_same(
 
 
 @EACH_DTYPE
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad"])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_strides_that_are_not_aligned(axis: int, which: str, dtype: torch.dtype, kernels: Kernels) -> None:
+    """The first row is, and features are adjacent: only a stride says that others are not."""
+    inputs = Case("", 2, 2, 4, 70, 24, 16).build(dtype)
+    t = getattr(inputs, which)
+    sizes = [t.shape[0], t.shape[1], t.shape[2], t.shape[3]]
+    strides = list(t.stride())
+    strides[axis] += 1
+    strides[0] = sizes[1] * (strides[1] + sizes[2] * (axis == 2))
+    strides[1] += sizes[2] * (axis == 2)
+    memory = torch.full((sizes[0] * strides[0],), float("nan"), dtype=dtype)
+    moved = memory.as_strided(sizes, strides).copy_(t)
+    results, expected = run(inputs._replace(**{which: moved})), run(inputs)
+    for n in (0, 3):
+        assert torch.equal(results[n], expected[n])
+
+
+@EACH_DTYPE
 @pytest.mark.parametrize("needed", range(4))
 def test_each_gradient_alone(needed: int, dtype: torch.dtype, kernels: Kernels) -> None:
     i = NAMED["bias, shared, masked"].build(dtype)
