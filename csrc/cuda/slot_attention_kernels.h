@@ -15,7 +15,16 @@ constexpr float kInfinity = __builtin_inff();
 SETEMB_DEVICE float divisor_of(float total) { return total > 0 ? total : total == total ? kInfinity : total; }
 
 template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T first, second;
+};
+
+// Neighbours, by one instruction where they lie so.
+template <class T>
 SETEMB_DEVICE void store_pair(T* p, int64_t stride, float first, float second, bool has_second) {
+  if (has_second && stride == 1 && reinterpret_cast<uintptr_t>(p) % sizeof(Two<T>) == 0) {
+    return store(reinterpret_cast<Two<T>*>(p), Two<T>{from_float<T>(first), from_float<T>(second)});
+  }
   store(p, from_float<T>(first));
   if (has_second) store(p + stride, from_float<T>(second));
 }
