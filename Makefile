@@ -4,7 +4,7 @@
 #   make test    all tests
 #   make bench   all benchmark rows; `make bench ROWS="-k forward"` for some
 #   make lint    ruff, clang-format, mypy
-#   make gpu     on a machine with a GPU: build, test and measure there; results in $OUT or benchmarks/results
+#   make gpu     on a machine with a GPU: build, test and measure there, in eight minutes; results in $OUT or benchmarks/results
 #   make clean   remove what was built
 PYTHON ?= python3
 ROWS ?=

@@ -85,13 +85,19 @@ def cuda_modules() -> list[Extension]:
     if wanted == "0" or absent:
         print(f"setemb: without the CUDA module ({absent or 'SETEMB_CUDA=0'})")
         return []
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    sources = sorted(path for path in (HERE / "csrc/cuda").iterdir() if path.suffix in (".cpp", ".cu"))
     return [
         CUDAExtension(
             "setemb_kernels._C_cuda",
-            extra_compile_args={"cxx": optimisation(), "nvcc": [*optimisation(), "-Xptxas", "-v"]},
+            extra_compile_args={
+                "cxx": [*optimisation(), "-fvisibility=hidden"],
+                "nvcc": [*optimisation(), "-Xfatbin=-compress-all"],
+            },
             library_dirs=[str(Path(CUDA_HOME or "") / "lib")],  # torch looks in lib64
-            **settings(["csrc/cuda/module.cu"]),
+            **settings(
+                [str(path.relative_to(HERE)) for path in sources], SETEMB_CUDA_ARCHITECTURES=f'"{architectures}"'
+            ),
         )
     ]
 

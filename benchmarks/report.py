@@ -1,7 +1,7 @@
 """Writes the README's tables of figures from the files under benchmarks/results, and from nothing else.
 
 python -m benchmarks.report          # print
-python -m benchmarks.report --write  # into README.md, between the markers
+python -m benchmarks.report --write  # into README.md, between the markers; figures of GPUs beside the result files
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks import gpu_report
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- figures: made by `python -m benchmarks.report --write` -->", "<!-- end of figures -->"
@@ -21,6 +23,8 @@ def main() -> None:
     if parser.parse_args().write:
         readme = ROOT / "README.md"
         before, after = outside(readme.read_text())
+        for path, figure in figures():
+            path.write_text(figure)
         readme.write_text(before + START + "\n" + tables() + END + after)
     else:
         print(tables(), end="")
@@ -32,13 +36,35 @@ def outside(text: str) -> tuple[str, str]:
     return before, rest.split(END)[1]
 
 
-def tables(folder: Path = ROOT / "benchmarks" / "results") -> str:
-    """One table a device: of each row the newest figures."""
-    devices: dict[str, list[dict[str, Any]]] = {}
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The result files, in the order of their dates. Dry runs don't count."""
+    contents = []
     for path in sorted(folder.glob("*.json"), key=lambda p: p.name[-15:]):
-        content = json.loads(path.read_text())
-        devices.setdefault(content["device"], []).append(content | {"file": path.name})
-    return "".join(_table(contents) for contents in devices.values())
+        content = json.loads(path.read_text()) | {"file": path.name}
+        if not content.get("dry_run"):
+            contents.append(content)
+    return contents
+
+
+def tables(folder: Path = RESULTS) -> str:
+    """One table a CPU, of each row the newest figures; then GPUs."""
+    devices: dict[str, list[dict[str, Any]]] = {}
+    gpus = []
+    for content in read(folder):
+        if content.get("kind") == "gpu":
+            gpus.append(content)
+        else:
+            devices.setdefault(content["device"], []).append(content)
+    return "".join(_table(contents) for contents in devices.values()) + gpu_report.section(gpus)
+
+
+def figures(folder: Path = RESULTS) -> list[tuple[Path, str]]:
+    """Files and what belongs into them: a figure beside each result file of a GPU."""
+    gpus = (content for content in read(folder) if content.get("kind") == "gpu")
+    return [((folder / content["file"]).with_suffix(".svg"), gpu_report.figure(content)) for content in gpus]
 
 
 def _table(contents: list[dict[str, Any]]) -> str:

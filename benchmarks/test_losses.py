@@ -24,7 +24,6 @@ LOSSES = {  # ours, eager, and how many plain products it may be compared with
 }
 B, K, D = 4096, 4, 256
 ROOT = Path(__file__).parent.parent
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GIB = 1 << 30
 
 
@@ -132,58 +131,5 @@ def test_largest_batch() -> None:
     batches = {"eager": _largest("eager"), "compiled": _largest("compiled")}
     batches["ours"] = int((20 * GIB - working) // each)
     row = Row("set_infonce_loss", "largest batch in 20 GiB, K4 D1024 float32 cpu", None, "")
-    row.batches = batches
-    ROWS.append(row)
-
-
-@needs_gpu
-@pytest.mark.parametrize("name", LOSSES)
-def test_step_gpu(benchmark: BenchmarkFixture, name: str) -> None:
-    """bfloat16, beside as many cuBLAS products of the flattened operands."""
-    ours, _, products = LOSSES[name]
-    n, d = 16384, 1024
-    x, y = (unit_sets(n, K, d, torch.bfloat16, "cuda").requires_grad_() for _ in range(2))
-    x_flat, y_flat = x.detach().flatten(0, 1), y.detach().flatten(0, 1)
-
-    def floor() -> None:
-        for _ in range(products):
-            for rows in x_flat.split(8192):
-                rows @ y_flat.T
-
-    row = Row(
-        f"set_{name}_loss",
-        f"forward + backward {n}x{n} K{K} D{d} bfloat16 cuda",
-        1 / 0.65,
-        "one product" if products == 1 else "four products",
-    )
-    operations = 2.0 * products * (n * K) ** 2 * d
-    step = lambda: torch.autograd.grad(ours(x, y), (x, y))  # noqa: E731
-    measure(benchmark, row, ours=step, floor=floor, peers={}, operations=operations, device="cuda", rounds=5)
-
-
-def _step_on_gpu(loss: Callable[[Tensor, Tensor], Tensor], n: int) -> bool:
-    """Whether a training step with batch n fits the GPU."""
-    torch.cuda.empty_cache()
-    try:
-        x, y = (torch.randn(n, K, 1024, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
-        torch.autograd.grad(loss(x, y), (x, y))
-        torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
-        return False
-    return True
-
-
-@needs_gpu
-@pytest.mark.slow
-def test_largest_batch_gpu() -> None:
-    """Triplet, hardest negatives, K 4, D 1024, bfloat16, on the whole GPU: by doubling from 4,096; ours up to 131,072
-    (a step's time grows with the square)."""
-    batches = {}
-    for name, loss, most in (("eager", eager_triplet, 1 << 20), ("ours", set_triplet_loss, 1 << 17)):
-        n = 2048
-        while 2 * n <= most and _step_on_gpu(loss, 2 * n):
-            n *= 2
-        batches[name] = n
-    row = Row("set_triplet_loss", f"largest batch, K{K} D1024 bfloat16 cuda", None, "")
     row.batches = batches
     ROWS.append(row)

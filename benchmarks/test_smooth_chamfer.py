@@ -18,7 +18,6 @@ from setemb_kernels import smooth_chamfer
 
 ALPHA = 16.0
 F32, BF16 = torch.float32, torch.bfloat16
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def unit_sets(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -144,17 +143,3 @@ def test_peak_memory(n: int, dtype: str) -> None:
     row = Row("smooth_chamfer", f"peak memory, forward + backward {n}x{n} K4 D1024 {dtype} cpu", None, "")
     row.memory_mib, row.limit_mib = float(run.stdout), 64.0
     ROWS.append(row)
-
-
-@needs_gpu
-@pytest.mark.parametrize("D", [1024, 128])
-@pytest.mark.parametrize("n", [1024, 8192])
-def test_forward_gpu(benchmark: BenchmarkFixture, n: int, D: int) -> None:
-    forward_row(benchmark, n, 4, 4, D, BF16, 1 / 0.80 if (n, D) == (8192, 1024) else None, "cuda")
-
-
-@needs_gpu
-@pytest.mark.parametrize("D", [1024, 128])
-@pytest.mark.parametrize("n", [1024, 8192])
-def test_forward_and_backward_gpu(benchmark: BenchmarkFixture, n: int, D: int) -> None:
-    backward_row(benchmark, n, 4, D, BF16, 1 / 0.65 if (n, D) == (8192, 1024) else None, "cuda")

@@ -1,7 +1,7 @@
-"""Fused kernels for sets of embeddings: CPU (C++), Triton, and a reference in plain torch behind the same ops."""
+"""Fused kernels for sets of embeddings: C++ (CPU, CUDA), Triton, and a reference in plain torch behind the same ops."""
 
 from setemb_kernels._version import __version__
-from setemb_kernels.backends import Backend, backends, build_info, load_cpu_module
+from setemb_kernels.backends import Backend, backends, build_info, load_cpu_module, use_backend
 from setemb_kernels.losses import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
 from setemb_kernels.ops.slot_attention.op import slot_attention
 from setemb_kernels.ops.smooth_chamfer.op import smooth_chamfer
@@ -23,4 +23,5 @@ __all__ = [
     "set_triplet_loss",
     "slot_attention",
     "smooth_chamfer",
+    "use_backend",
 ]

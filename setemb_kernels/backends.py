@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +25,28 @@ class Backend:
     op: str
     device: str
     implementation: str
-    """"c++ avx512", "triton", ... or "reference"."""
+    """"c++ avx512", "triton", "cuda" (CUDA C++), ... or "reference"."""
     reason: str
     """Why nothing better serves; empty when the best one does."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where an op's CUDA C++ kernels were measured to be faster than Triton's, and so serve unasked."""
+
+    op: str
+    architecture: int
+    """10 * major + minor of the compute capability."""
+    dtype: torch.dtype
+    features: tuple[int, int]
+    """Least and most features of x."""
+
+
+MEASURED: tuple[Measured, ...] = ()
+"""Only from figures in benchmarks/results. Empty: the CUDA C++ kernels have not run on a GPU yet."""
+
+AUTOMATIC = "automatic"
+"""What `use_backend` is told to undo a choice."""
 
 
 class OpBackends:
@@ -35,23 +54,109 @@ class OpBackends:
 
     all: ClassVar[list[OpBackends]] = []
 
-    def __init__(self, op: str, triton: Callable[[], ModuleType], triton_dtypes: tuple[torch.dtype, ...]) -> None:
+    def __init__(
+        self,
+        op: str,
+        triton: Callable[[], ModuleType],
+        triton_dtypes: tuple[torch.dtype, ...],
+        cuda: Callable[[], ModuleType] | None = None,
+    ) -> None:
         self.op = op
+        self.chosen = AUTOMATIC
         self._triton = triton
         self._triton_dtypes = triton_dtypes
+        self._cuda = cuda
         self.all.append(self)
 
-    def implementation(self, x: Tensor, reference: ModuleType) -> Any:
-        """The module that serves tensors like x where no compiled kernel is registered."""
-        if x.device.type == "cuda" and x.dtype in self._triton_dtypes and not triton_absent():
+    def implementation(self, reference: ModuleType, x: Tensor, *others: Tensor) -> Any:
+        """The module that serves tensors like these where no compiled kernel is registered.
+
+        A module of CUDA C++ kernels has ``refusal(x, *others)``, which says why it does not serve them.
+        """
+        if x.device.type != "cuda" or self.chosen == "reference":
+            return reference
+        if self._cuda is not None and (self.chosen == "cuda" or self._measured(x)):
+            cuda = self._cuda()
+            refusal = cuda.refusal(x, *others)
+            if not refusal:
+                return cuda
+            if self.chosen == "cuda":
+                raise ValueError(f"{self.op}: asked for by use_backend, the CUDA C++ kernel cannot serve: {refusal}")
+        if self.chosen == "triton" and x.dtype not in self._triton_dtypes:
+            raise ValueError(f"{self.op}: asked for by use_backend, the Triton kernel does not take {x.dtype}")
+        if x.dtype in self._triton_dtypes and (self.chosen == "triton" or not triton_absent()):
             return self._triton()  # imported on first use
         return reference
 
+    def _measured(self, x: Tensor) -> bool:
+        if self.chosen != AUTOMATIC or not MEASURED:
+            return False
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return (
+            any(
+                (m.op, m.architecture, m.dtype) == (self.op, 10 * major + minor, x.dtype)
+                and m.features[0] <= x.shape[-1] <= m.features[1]
+                for m in MEASURED
+            )
+            and not cuda_absent()
+        )
+
+    def absent(self, implementation: str) -> str:
+        """Why an implementation cannot serve CUDA devices; empty when it can."""
+        if implementation == "triton":
+            return triton_absent()
+        if implementation == "cuda":
+            return cuda_absent() if self._cuda is not None else "this op has no CUDA C++ kernel"
+        return ""
+
     def rows(self) -> list[Backend]:
         cpu = Backend(self.op, "cpu", f"c++ {_CPU.capability}" if _CPU.module else "reference", _CPU.reason)
+        if self.chosen != AUTOMATIC:
+            return [cpu, Backend(self.op, "cuda", self.chosen, "asked for by use_backend")]
         absent = triton_absent()
         cuda = Backend(self.op, "cuda", "reference" if absent else "triton", absent)
         return [cpu, cuda]
+
+
+class use_backend:  # noqa: N801 -- a function, to its users
+    """Choose by name which implementation of an op serves CUDA devices, for the whole process.
+
+    As a call it lasts; as a context manager it ends with the block. A backward pass takes the implementation that is
+    chosen when it runs. What was asked for never falls back: where it cannot serve a call, the call raises.
+
+    Args:
+        op: "smooth_chamfer" or "slot_attention".
+        device: "cuda". (On the CPU the compiled module of the best capability serves.)
+        implementation: "cuda" (CUDA C++; *not yet proven on a GPU*), "triton", "reference", or "automatic".
+
+    Raises:
+        ValueError: an op, a device or an implementation that there is not.
+        RuntimeError: the implementation is not available here; says why.
+    """
+
+    def __init__(self, op: str, *, device: str = "cuda", implementation: str) -> None:
+        found = [b for b in OpBackends.all if b.op == op]
+        if not found:
+            raise ValueError(f"op: expected one of {', '.join(sorted(b.op for b in OpBackends.all))}, got {op!r}")
+        if device != "cuda":
+            raise ValueError(f"device: expected 'cuda', the only one with a choice, got {device!r}")
+        names = ("cuda", "triton", "reference", AUTOMATIC)
+        if implementation not in names:
+            raise ValueError(f"implementation: expected one of {', '.join(names)}, got {implementation!r}")
+        reason = found[0].absent(implementation)
+        if reason:
+            raise RuntimeError(f"{op}: the implementation {implementation!r} cannot serve CUDA devices: {reason}")
+        self._backends = found[0]
+        self._before = self._backends.chosen
+        self._backends.chosen = implementation
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._backends.chosen = self._before
 
 
 @dataclass
@@ -87,6 +192,33 @@ def load_cpu_module() -> None:
         _CPU.module, _CPU.capability, _CPU.reason = module, capability, "; ".join(reasons)
         return
     _CPU.reason = "; ".join(reasons)
+
+
+_CUDA: dict[str, str] = {}
+"""Once the CUDA module was looked for: under "absent", why there is none."""
+
+
+def cuda_absent() -> str:
+    """Why the CUDA C++ kernels can't run; empty when they can. Loads and registers them, the first time."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if "absent" not in _CUDA:
+        _CUDA["absent"] = _load_cuda_module()
+    return _CUDA["absent"]
+
+
+def _load_cuda_module() -> str:
+    name = "setemb_kernels._C_cuda"
+    if importlib.util.find_spec(name) is None:
+        return "the CUDA module is not built (SETEMB_CUDA=1 builds it, or says why not)"
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        return f"the CUDA module does not load with torch {torch.__version__} ({error})"
+    misfit = _misfit(module.build_info())
+    if not misfit:
+        module.register_ops()
+    return misfit
 
 
 def _misfit(info: dict[str, Any]) -> str:

@@ -90,8 +90,8 @@ def slot_attention(
     a GPU the weights of some items at a time pass through a workspace of 32 MiB (more where one item needs it).
 
     Args:
-        q: ``[B, H, K, Dk]`` slots, on a GPU 256 a head at most; float32, bfloat16, float16 or float64 (on a GPU: the
-            reference). Any strides.
+        q: ``[B, H, K, Dk]`` slots, on a GPU 256 a head at most (64 in CUDA C++); float32, bfloat16, float16 or float64
+            (on a GPU: the reference). Any strides.
         k: ``[B, H, T, Dk]`` keys, or ``[B, 1, T, Dk]``, one head for all heads of q. Of the dtype and device of q.
         v: ``[B, H, T, Dv]`` values, or ``[B, 1, T, Dv]``; as many heads as k. None where the keys are the values too:
             then k is read once and gets one gradient. k and v that are both *expanded* over heads (stride 0) count as
@@ -179,7 +179,8 @@ define(
 )
 
 
-# --- implementations: csrc registers itself for the CPU when it is loaded; Triton serves CUDA; the reference all else
+# --- implementations: csrc registers itself for the CPU when it is loaded; Triton serves CUDA, or our CUDA C++ where it
+# is asked for; the reference all else
 
 
 def _triton() -> ModuleType:
@@ -188,7 +189,15 @@ def _triton() -> ModuleType:
     return triton
 
 
-BACKENDS = OpBackends("slot_attention", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16))
+def _cuda() -> ModuleType:
+    from setemb_kernels.ops.slot_attention import cuda
+
+    return cuda
+
+
+BACKENDS = OpBackends(
+    "slot_attention", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16), cuda=_cuda
+)
 
 
 @torch.library.impl(FORWARD, "CompositeExplicitAutograd")
@@ -202,7 +211,7 @@ def _forward(
     eps: float,
     token_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return BACKENDS.implementation(q, reference).forward(q, k, v, bias, mask, scale, eps, token_eps)
+    return BACKENDS.implementation(reference, q).forward(q, k, v, bias, mask, scale, eps, token_eps)
 
 
 @torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
@@ -222,7 +231,7 @@ def _backward(
     need_v: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return BACKENDS.implementation(q, reference).backward(
+    return BACKENDS.implementation(reference, q).backward(
         grad, q, k, v, bias, mask, out, total, scale, token_eps, need_q, need_k, need_v, need_bias
     )
 

@@ -6,6 +6,7 @@ autograd, autocast. The maths is in `reference`, the kernels in ``csrc/cpu/smoot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -50,7 +51,7 @@ def smooth_chamfer(
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
         y: ``[M, L, D]`` of the same dtype and device; K and L may differ. The Triton kernel takes up to 256 vectors in
-            the larger sets and 128 in the others; the CPU has no limit.
+            the larger sets and 128 in the others, the CUDA C++ kernel up to 64; the CPU has no limit.
         alpha: sharpness, a finite number > 0, or a 0-dim tensor (CPU or the device of x) that may require a gradient.
             On a GPU the value of a tensor that lives there is not checked (that would wait for the device); one that
             is not positive gives meaningless numbers.
@@ -89,7 +90,8 @@ define(
 )
 
 
-# --- implementations: csrc registers itself for the CPU when it is loaded; Triton serves CUDA; the reference all else
+# --- implementations: csrc registers itself for the CPU when it is loaded; Triton serves CUDA, or our CUDA C++ where it
+# is asked for; the reference all else
 
 
 def _triton() -> ModuleType:
@@ -98,7 +100,15 @@ def _triton() -> ModuleType:
     return triton
 
 
-BACKENDS = OpBackends("smooth_chamfer", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16))
+def _cuda() -> ModuleType:
+    from setemb_kernels.ops.smooth_chamfer import cuda
+
+    return cuda
+
+
+BACKENDS = OpBackends(
+    "smooth_chamfer", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16), cuda=_cuda
+)
 
 
 @torch.library.impl(FORWARD, "CompositeExplicitAutograd")
@@ -112,7 +122,7 @@ def _forward(
 ) -> Tensor:
     if alpha.device.type == "cpu":
         _check.positive_and_finite("alpha", float(alpha))
-    return BACKENDS.implementation(x, reference).forward(x, y, alpha, x_mask, y_mask, wide)
+    return BACKENDS.implementation(reference, x, y).forward(x, y, alpha, x_mask, y_mask, wide)
 
 
 @torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
@@ -127,7 +137,15 @@ def _backward(
     need_y: bool,
     need_alpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return BACKENDS.implementation(x, reference).backward(grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha)
+    return BACKENDS.implementation(reference, x, y).backward(
+        grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha
+    )
+
+
+def hardest_kernel(x: Tensor, y: Tensor) -> Callable[..., Any] | None:
+    """A kernel that finds the most similar negative of each set without storing similarities, where one serves; see
+    `cuda.hardest`."""
+    return getattr(BACKENDS.implementation(reference, x, y), "hardest", None)
 
 
 # --- shapes for tracing

@@ -1,0 +1,229 @@
+"""Builds, tests and measures on a machine with a GPU, in at most eight minutes; prints one short table last.
+
+python -m benchmarks.gpu [--out FOLDER] [--device cpu --quick]
+
+Uses the python that is there, with its torch and CUDA; installs nothing, changes no setting of the card. Writes
+<device>-<date>.json and logs; the file is written anew after each stage, so that what one stage found outlives the
+failure of the next. `--device cpu --quick` is a dry run: the same steps, with tiny sizes, on the CPU's kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import tally
+from benchmarks.gpu.stages import Ended, Run, Stage, last_line, read_lines, run_process
+from benchmarks.gpu.table import table
+
+ROOT = Path(__file__).resolve().parents[2]
+MINUTES = 8.0
+SECONDS = {"machine": 30, "build c++": 60, "build cuda": 150, "tests": 90, "memcheck": 50, "racecheck": 50}
+"""At most, of each stage; measuring gets what is left, half a minute kept back for the end."""
+KEPT_BACK = 15.0
+RESTARTS = 8
+"""Of the measuring process, when a kernel ends it."""
+WORKERS = 8
+"""Processes that share the tests, where pytest-xdist is there."""
+
+Process = Callable[..., Ended]
+
+
+class GpuRun:
+    """The stages, one after the other."""
+
+    def __init__(self, out: Path, device: str, quick: bool, minutes: float = MINUTES, process: Process = run_process):
+        self.out, self.device, self.quick, self.process = out, device, quick, process
+        out.mkdir(parents=True, exist_ok=True)
+        self.date = datetime.date.today().isoformat()
+        self.run = Run(out / f"unknown-{self.date}.json", minutes * 60)
+        self.run.content |= {"date": self.date, "dry_run": device == "cpu"}
+
+    def all(self) -> int:
+        """Every stage; 0 where all went well."""
+        if self.run.stage("machine", SECONDS["machine"], self.machine).status != "ok":
+            print(self.run.content["stages"][-1]["detail"])
+            self.run.path.unlink()
+            return 1
+        self.run.move(self.out / f"{_file_name(self.run.content['device'])}-{self.date}.json")
+        if self.device == "cuda":
+            self.run.stage("build c++", SECONDS["build c++"], lambda stage, limit: self.build(stage, limit, cuda="0"))
+            self.run.stage("build cuda", SECONDS["build cuda"], lambda stage, limit: self.build(stage, limit, cuda="1"))
+        self.run.stage("tests", SECONDS["tests"], self.tests)
+        for tool in ("memcheck", "racecheck"):
+            self.run.stage(tool, SECONDS[tool], lambda stage, limit, tool=tool: self.sanitizer(stage, limit, tool))
+        self.run.stage("benchmarks", self.run.left - KEPT_BACK, self.benchmarks)
+        print(table(self.run.content))
+        print(f"all numbers: {self.run.path}")
+        return 0 if all(stage["status"] in ("ok", "absent") for stage in self.run.content["stages"]) else 1
+
+    def python(
+        self, stage: Stage, limit: float, *arguments: str, log: str, before: tuple[str, ...] = (), **environment: str
+    ) -> Ended:
+        """Run python and say how it ended."""
+        environment = {"PYTHONUNBUFFERED": "1", **environment}
+        ended = self.process([*before, sys.executable, *arguments], self.out / log, limit, ROOT, environment)
+        stage.detail = ""
+        stage.status = "out of time" if ended.status is None else "failed" if ended.status else "ok"
+        if stage.status == "failed":
+            stage.detail = f"exit {ended.status}: {last_line(self.out / log)}"
+        return ended
+
+    def machine(self, stage: Stage, limit: float) -> None:
+        log = self.out / "machine.log"
+        log.unlink(missing_ok=True)
+        self.python(stage, limit, "-m", "benchmarks.gpu.machine", "--device", self.device, log=log.name)
+        if stage.status == "ok":
+            self.run.content |= json.loads(log.read_text().splitlines()[-1])
+            stage.detail = self.run.content["device"]
+        elif stage.status == "failed":
+            stage.detail = last_line(log)
+        log.unlink()
+
+    def build(self, stage: Stage, limit: float, cuda: str) -> None:
+        """For this chip alone. Without CUDA first: then a failure of the one leaves the other."""
+        major, minor = self.run.content["capability"].split(".")
+        architecture = f"{major}.{minor}" + ("a" if int(major) >= 9 else "")
+        self.python(
+            stage,
+            limit,
+            *("setup.py", "build_ext", "--inplace"),
+            log="build.log",
+            SETEMB_CUDA=cuda,
+            TORCH_CUDA_ARCH_LIST=architecture,
+        )
+
+    def tests(self, stage: Stage, limit: float) -> None:
+        lines = self.out / "tests.jsonl"
+        lines.unlink(missing_ok=True)
+        if self.device == "cuda":
+            what = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/kernels/*/*_cases.py"))
+        else:
+            what = ["tests/kernels/slot_attention/test_table.py", "-k", "test_op and paper and float32"]
+        parallel = ["-n", str(WORKERS)] if self.device == "cuda" and importlib.util.find_spec("xdist") else []
+        options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tally", "--tally", str(lines), *parallel]
+        self.python(stage, limit, "-m", "pytest", *options, *what, log="tests.log")
+        stage.data = tally.summary(lines)
+        stage.detail = ", ".join(f"{stage.data[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+        if stage.status == "ok" and not stage.data["passed"]:
+            stage.status = "failed"
+        lines.unlink(missing_ok=True)
+
+    def sanitizer(self, stage: Stage, limit: float, tool: str) -> None:
+        """compute-sanitizer over a few small calls; in a dry run the calls alone."""
+        found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if self.device == "cuda" and found is None:
+            stage.status, stage.detail = "absent", "compute-sanitizer is not installed"
+            return
+        before = (str(found), "--tool", tool, "--error-exitcode", "9") if self.device == "cuda" else ()
+        log = self.out / f"{tool}.log"
+        log.unlink(missing_ok=True)
+        arguments = ("-m", "benchmarks.gpu.small_cases", "--device", self.device)
+        # each tensor an allocation of its own: else torch's pool hides what reads past the end
+        self.python(stage, limit, *arguments, log=log.name, before=before, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        text = log.read_text(errors="replace")
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
+        calls = sum(map(int, re.findall(r": (\d+) calls", text)))
+        if "Device not supported" in text:
+            stage.status, stage.detail = "absent", "compute-sanitizer does not support this device"
+        elif stage.status == "ok":
+            stage.detail = f"{calls} calls" + (f", {summary[-1]}" if summary else "")
+        if stage.status == "ok" and (not calls or (self.device == "cuda" and not summary)):
+            stage.status = "failed"
+
+    def benchmarks(self, stage: Stage, limit: float) -> None:
+        lines = self.out / "benchmarks.jsonl"
+        lines.unlink(missing_ok=True)
+        until = time.time() + limit
+        skip: list[tuple[str, str]] = []
+        ends: list[str] = []
+        for _ in range(1 + RESTARTS):
+            left = until - time.time()
+            if left <= 0:
+                stage.status = "out of time"
+                break
+            arguments = ["-m", "benchmarks.gpu.bench", "--results", str(lines), "--device", self.device]
+            arguments += ["--until", str(until - 10), *(["--quick"] if self.quick else [])]
+            arguments += [word for pair in skip for word in ("--skip", *pair)]
+            self.python(stage, left, *arguments, log="benchmarks.log")
+            self.collect(lines)
+            if stage.status != "failed":
+                break
+            begun = _last_begun(lines)
+            if begun is None or begun in skip:
+                break
+            skip.append(begun)
+            ends.append(f"{' '.join(begun)}: {stage.detail}")
+        rows = self.run.content["rows"]
+        done = sum(bool(row.get("milliseconds") or row.get("batches")) for row in rows)
+        stage.detail = f"{done} of {len(rows)} rows" + (f"; {stage.detail}" if stage.detail else "")
+        if skip:
+            stage.data = {"ended_the_process": ends}
+        if not done or any(reason == "ended the process" for row in rows for reason in row.get("failed", {}).values()):
+            stage.status = "failed"
+        lines.unlink(missing_ok=True)
+
+    def collect(self, lines: Path) -> None:
+        """What the measuring process has written so far, both passes of a row as one."""
+        rows: dict[str, dict[str, Any]] = {}
+        for line in read_lines(lines):
+            if "ceilings" in line:
+                self.run.content["ceilings"], self.run.content["clock"] = line["ceilings"], line["clock"]
+            if "row" not in line:
+                continue
+            phase = line.pop("phase")
+            row = rows.setdefault(line["row"], {"failed": {}})
+            if phase == "plain":
+                row |= {k: v for k, v in line.items() if k != "failed"}
+            else:  # the product was measured again: ratios are within a pass
+                times = line.get("milliseconds", {})
+                if "compiled" in times:
+                    for name, values in (("milliseconds", times), ("spread", line["spread"])):
+                        row.setdefault(name, {})["compiled"] = values["compiled"]
+                if "product" in times:
+                    row.setdefault("milliseconds", {})["product, again"] = times["product"]
+            row["failed"] |= {
+                "compiled" if phase == "compiled" and name == "all" else name: why
+                for name, why in line.get("failed", {}).items()
+            }
+        self.run.content["rows"] = list(rows.values())
+        self.run.content["clocks"]["after"] = next(
+            (row["clocks"] for row in reversed(list(rows.values())) if row.get("clocks")), {}
+        )
+        self.run.write()
+
+
+def _last_begun(lines: Path) -> tuple[str, str] | None:
+    """What was begun and did not end: a row and an implementation."""
+    begun = None
+    for line in read_lines(lines):
+        begun = (line["begin"], line["implementation"]) if "begin" in line else None
+    return begun
+
+
+def _file_name(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for the results")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; with --device cpu only")
+    args = parser.parse_args(arguments)
+    if (args.device == "cpu") != args.quick:
+        parser.error("--device cpu and --quick: expected both (a dry run) or neither")
+    return GpuRun(args.out.resolve(), args.device, args.quick).all()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""What is measured on a GPU: each op at its sizes, beside the plain products of the same operands and plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.timing import Call
+from benchmarks.peers import (
+    eager_infonce,
+    eager_sigmoid,
+    eager_similarity,
+    eager_slot_attention,
+    eager_triplet,
+)
+from setemb_kernels import (
+    set_infonce_loss,
+    set_sigmoid_loss,
+    set_topk,
+    set_triplet_loss,
+    slot_attention,
+    smooth_chamfer,
+)
+
+F32, BF16 = torch.float32, torch.bfloat16
+Inputs = tuple[Any, ...]
+Prepare = Callable[[Inputs], Call]
+"""From one set of inputs, what is timed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    op: str
+    name: str
+    make: Callable[[], Inputs]
+    """Fresh random inputs."""
+    ours: Prepare
+    product: Prepare
+    eager: Prepare
+    products: int
+    """How many plain products `product` makes."""
+    operations: float
+    """Floating-point operations of those products."""
+    bytes: float
+    """Bytes that have to move at least: each input read once, each output written once."""
+    compiled: Prepare | None = None
+    """The same as eager under torch.compile; None where that makes no difference."""
+    result: Callable[[Any], Tensor] = field(default=lambda out: out)
+    """Of what a call returns, what all implementations agree on."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.op} {self.name}"
+
+
+def rows(device: str, quick: bool) -> Iterator[Row]:
+    """All, the most telling ones first. `quick`: the same code at sizes that take no time."""
+    for n, d in ((24, 16), (20, 8)) if quick else ((8192, 1024), (8192, 128), (1024, 1024), (1024, 128)):
+        yield _smooth_chamfer(device, n, 4, d, BF16)
+        yield _smooth_chamfer(device, n, 4, d, BF16, backward=True)
+    for B, H, K, T, D in (
+        ((2, 1, 4, 20, 16), (3, 2, 4, 9, 8))
+        if quick
+        else ((64, 1, 8, 4096, 128), (512, 1, 4, 1024, 256), (128, 4, 4, 36, 1024))
+    ):
+        yield _slot_attention(device, B, H, K, T, D, BF16, backward=False)
+        yield _slot_attention(device, B, H, K, T, D, BF16, backward=True)
+    n, d = (24, 16) if quick else (16384, 1024)
+    for loss in LOSSES:
+        yield _loss(device, loss, n, 4, d, BF16)
+    for gallery in (BF16, F32, torch.int8):
+        yield _topk(device, *((5, 60, 4, 16, 3) if quick else (100, 100_000, 4, 256, 10)), gallery)
+    yield _topk(device, *((1, 80, 4, 16, 3) if quick else (1, 1_000_000, 4, 128, 10)), BF16)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def unit_sets(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(n, k, d, device=device), dim=-1).to(dtype)
+
+
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """By torch's own compiler; on the CPU, where nothing is measured, only as far as its graph."""
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+
+
+def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().requires_grad_() for t in tensors)
+
+
+# --- smooth_chamfer
+
+
+def _smooth_chamfer(device: str, n: int, K: int, D: int, dtype: torch.dtype, *, backward: bool = False) -> Row:
+    def make() -> Inputs:
+        upstream = torch.randn(n, n, device=device).to(dtype) if backward else None
+        weights = torch.randn(n * K, n * K, device=device).to(dtype) if backward else None
+        return unit_sets(n, K, D, dtype, device), unit_sets(n, K, D, dtype, device), upstream, weights
+
+    def product(inputs: Inputs) -> Call:
+        x, y, _, weights = inputs
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+        if not backward:
+            return lambda: x @ y.T
+        return lambda: (x @ y.T, weights @ y, weights.T @ x)
+
+    def step(similarity: Callable[..., Tensor]) -> Prepare:
+        def prepare(inputs: Inputs) -> Call:
+            x, y, upstream, _ = inputs
+            if not backward:
+                return lambda: similarity(x, y)
+            x, y = _leaves(x, y)
+
+            def run() -> tuple[Tensor, ...]:
+                s = similarity(x, y)
+                return s.detach(), *torch.autograd.grad(s, (x, y), upstream)
+
+            return run
+
+        return prepare
+
+    size, products = dtype.itemsize, 3 if backward else 1
+    return Row(
+        "smooth_chamfer",
+        f"{'forward + backward' if backward else 'forward'} {n}x{n} K{K} D{D} {name_of(dtype)}",
+        make,
+        ours=step(smooth_chamfer),
+        product=product,
+        eager=step(eager_similarity),
+        compiled=step(_compiled(eager_similarity, device)),
+        products=products,
+        operations=2.0 * products * (n * K) ** 2 * D,
+        bytes=size * (2.0 * n * K * D * (2 if backward else 1) + n * n * (2 if backward else 1)),
+        result=(lambda out: out[1]) if backward else (lambda out: out),
+    )
+
+
+# --- slot_attention
+
+
+def _slot_attention(device: str, B: int, H: int, K: int, T: int, D: int, dtype: torch.dtype, *, backward: bool) -> Row:
+    """H heads share their keys and values."""
+
+    def make() -> Inputs:
+        q = torch.randn(B, H, K, D, device=device).to(dtype)
+        k, v = (torch.randn(B, 1, T, D, device=device).to(dtype) for _ in range(2))
+        grad = torch.randn(B, H, K, D, device=device).to(dtype)
+        return q, k, v, grad, torch.rand(B, 1, H * K, T, device=device).to(dtype)
+
+    def product(inputs: Inputs) -> Call:
+        q, k, v, grad, weights = inputs
+        q, grad = q.reshape(B, 1, H * K, D), grad.reshape(B, 1, H * K, D)
+        if not backward:
+            return lambda: (q @ k.mT, weights @ v)
+        return lambda: (q @ k.mT, grad @ v.mT, weights @ k, weights.mT @ q, weights.mT @ grad)
+
+    def step(function: Callable[..., Tensor]) -> Prepare:
+        def prepare(inputs: Inputs) -> Call:
+            q, k, v, grad, _ = inputs
+            if not backward:
+                return lambda: function(q, k, v)
+            leaves = _leaves(q, k, v)
+            out = function(*leaves)  # the backward alone is timed
+            return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+        return prepare
+
+    elements = B * (2.0 * H * K * D + 2.0 * T * D) if not backward else B * (4.0 * H * K * D + 4.0 * T * D)
+    heads = f"H{H} shared " if H > 1 else ""
+    return Row(
+        "slot_attention",
+        f"{'backward' if backward else 'forward'} B{B} {heads}K{K} T{T} D{D} {name_of(dtype)}",
+        make,
+        ours=step(slot_attention),
+        product=product,
+        eager=step(eager_slot_attention),
+        compiled=step(_compiled(eager_slot_attention, device)),
+        products=5 if backward else 2,
+        operations=(10.0 if backward else 4.0) * B * H * K * T * D,
+        bytes=dtype.itemsize * elements,
+        result=(lambda out: out[0]) if backward else (lambda out: out),
+    )
+
+
+# --- losses
+
+LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
+    # ours, eager, and how many plain products it may be compared with
+    "triplet": (set_triplet_loss, eager_triplet, 1),
+    "infonce": (set_infonce_loss, eager_infonce, 4),
+    "sigmoid": (set_sigmoid_loss, eager_sigmoid, 4),
+}
+
+
+def _loss(device: str, name: str, n: int, K: int, D: int, dtype: torch.dtype) -> Row:
+    ours, eager, products = LOSSES[name]
+
+    def make() -> Inputs:
+        return unit_sets(n, K, D, dtype, device), unit_sets(n, K, D, dtype, device)
+
+    def product(inputs: Inputs) -> Call:
+        x, y = (t.flatten(0, 1) for t in inputs)
+
+        def run() -> None:
+            for _ in range(products):
+                for piece in x.split(8192):  # the products' results are not what is measured
+                    piece @ y.T
+
+        return run
+
+    def step(loss: Callable[..., Tensor]) -> Prepare:
+        def prepare(inputs: Inputs) -> Call:
+            x, y = _leaves(*inputs)
+
+            def run() -> tuple[Tensor, ...]:
+                value = loss(x, y)
+                return value.detach(), *torch.autograd.grad(value, (x, y))
+
+            return run
+
+        return prepare
+
+    return Row(
+        f"set_{name}_loss",
+        f"forward + backward {n}x{n} K{K} D{D} {name_of(dtype)}",
+        make,
+        ours=step(ours),
+        product=product,
+        eager=step(eager),
+        compiled=step(_compiled(eager, device)),
+        products=products,
+        operations=2.0 * products * (n * K) ** 2 * D,
+        bytes=dtype.itemsize * 4.0 * n * K * D,
+        result=lambda out: out[0].float(),
+    )
+
+
+def largest_batch(device: str, quick: bool) -> dict[str, int]:
+    """Largest batches, by doubling, of a step of the triplet loss with the hardest negatives, K 4, D 1024, bfloat16:
+    until it does not fit, at most 131,072 (its time grows with the square)."""
+    first, last = (16, 32) if quick else (4096, 131_072)
+    found = {}
+    for name, loss in (("eager", eager_triplet), ("ours", set_triplet_loss)):
+        n = 0
+        while max(first, 2 * n) <= last and _fits(loss, max(first, 2 * n), device):
+            n = max(first, 2 * n)
+        found[name] = n
+    return found
+
+
+def _fits(loss: Callable[..., Tensor], n: int, device: str) -> bool:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        x, y = _leaves(*(torch.randn(n, 4, 1024, device=device, dtype=BF16) / 32 for _ in range(2)))
+        torch.autograd.grad(loss(x, y), (x, y))
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+# --- search
+
+
+def _topk(device: str, n: int, m: int, K: int, D: int, k: int, gallery: torch.dtype) -> Row:
+    block = 16_384
+
+    def make() -> Inputs:
+        queries = unit_sets(n, K, D, F32, device)
+        sets = torch.cat([unit_sets(min(block, m - first), K, D, BF16, device) for first in range(0, m, block)])
+        scale = None
+        if gallery == torch.int8:
+            scale = (sets.float().abs().amax(2) / 127).contiguous()
+            pieces = zip(sets.split(block), scale.split(block), strict=True)
+            sets = torch.cat([(a.float() / s[..., None]).round().to(torch.int8) for a, s in pieces])
+        return queries, sets.to(gallery), scale
+
+    def parts(inputs: Inputs) -> Iterator[Tensor]:
+        _, sets, scale = inputs
+        for first in range(0, m, block):
+            part = sets[first : first + block].float()
+            yield part if scale is None else part * scale[first : first + block, :, None]
+
+    def product(inputs: Inputs) -> Call:
+        """In float32, as the search; the gallery converted beforehand."""
+        flat, blocks = inputs[0].flatten(0, 1), [part.flatten(0, 1) for part in parts(inputs)]
+        return lambda: [flat @ part.T for part in blocks]
+
+    def eager(inputs: Inputs) -> Call:
+        def run() -> tuple[Tensor, Tensor]:
+            s = torch.cat([eager_similarity(inputs[0], part) for part in parts(inputs)], 1)
+            return tuple(s.topk(k))  # type: ignore[return-value]
+
+        return run
+
+    def ours(inputs: Inputs) -> Call:
+        queries, sets, scale = inputs
+        return lambda: set_topk(queries, sets, k, gallery_scale=scale)
+
+    scales = 4.0 * m * K if gallery == torch.int8 else 0.0
+    return Row(
+        "set_topk",
+        f"{n:,} x {m:,} {name_of(gallery)} K{K} D{D} k{k}",
+        make,
+        ours=ours,
+        product=product,
+        eager=eager,
+        products=1,
+        operations=2.0 * n * K * m * K * D,
+        bytes=gallery.itemsize * float(m) * K * D + scales,
+        result=lambda out: out[0],
+    )

@@ -1,0 +1,59 @@
+"""A handful of small calls of every op, forward and backward, by every implementation: what compute-sanitizer watches.
+
+python -m benchmarks.gpu.small_cases [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks.gpu.implementations import absent, ours
+from setemb_kernels import slot_attention, smooth_chamfer
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SETS = ((5, 7, 4, 4, 24), (3, 2, 3, 5, 33))  # N, M, K, L, D
+SLOTS = ((2, 1, 4, 37, 24), (1, 3, 7, 20, 33))  # B, H, K, T, D; one head of keys
+
+
+def sets(device: str, dtype: torch.dtype, N: int, M: int, K: int, L: int, D: int) -> None:
+    x, y = (torch.randn(*size, D, device=device).to(dtype).requires_grad_() for size in ((N, K), (M, L)))
+    x_mask, y_mask = (torch.rand(*size, device=device) < 0.7 for size in ((N, K), (M, L)))
+    s = smooth_chamfer(x, y, x_mask=x_mask, y_mask=y_mask)
+    s.backward(torch.randn_like(s))
+
+
+def slots(device: str, dtype: torch.dtype, B: int, H: int, K: int, T: int, D: int) -> None:
+    q = torch.randn(B, H, K, D, device=device).to(dtype).requires_grad_()
+    k, v = (torch.randn(B, 1, T, D, device=device).to(dtype).requires_grad_() for _ in range(2))
+    bias = torch.randn(B, H, K, device=device).to(dtype).requires_grad_()
+    out = slot_attention(q, k, v, bias=bias, mask=torch.rand(B, T, device=device) < 0.7, token_eps=1e-3)
+    out.backward(torch.randn_like(out))
+
+
+def main(device: str) -> int:
+    """How many calls were made."""
+    count = 0
+    for name, context in ours(device).items():
+        with context():
+            for dtype in DTYPES:
+                for size in SETS:
+                    sets(device, dtype, *size)
+                for size in SLOTS:
+                    slots(device, dtype, *size)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        calls = len(DTYPES) * (len(SETS) + len(SLOTS))
+        count += calls
+        print(f"{name}: {calls} calls", flush=True)
+    for name, reason in absent(device).items():
+        print(f"{name}: absent, {reason}")
+    return count
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    torch.manual_seed(0)
+    main(parser.parse_args().device)

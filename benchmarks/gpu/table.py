@@ -1,0 +1,53 @@
+"""A run's results as one short table of plain text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PEERS = ("eager", "compiled")
+NOT_OURS = ("product", "product, again", *PEERS)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Stages, then rows: the product's time, what the ceilings allow, and each other's time as multiples of it."""
+    versions = content.get("versions", {})
+    lines = ["", f"{content.get('device', '?')}, torch {versions.get('torch')}, triton {versions.get('triton')}"]
+    for stage in content["stages"]:
+        lines.append(
+            f"{stage['name']:<12} {stage['status']:<12} {stage.get('seconds', 0):>6.1f} s  {stage.get('detail', '')}"
+        )
+    rows = content["rows"]
+    names = [name for row in rows for name in row.get("milliseconds", {}) if name not in NOT_OURS]
+    names = list(dict.fromkeys(names))
+    columns = [*names, *PEERS]
+    lines += ["", f"{'row':<62} {'floor ms':>9} {'product':>9}" + "".join(f" {name[:10]:>10}" for name in columns)]
+    for row in rows:
+        lines.append(_row(row, columns, content.get("ceilings", {})))
+    return "\n".join(lines)
+
+
+def floor(row: dict[str, Any], ceilings: dict[str, float]) -> float | None:
+    """Milliseconds that no implementation can go below: its operations, or its bytes, at the device's best."""
+    if not ceilings or "operations" not in row:
+        return None
+    operations = row["operations"] / ceilings["bfloat16_operations_per_second"]
+    return 1e3 * max(operations, row["bytes"] / ceilings["copy_bytes_per_second"])
+
+
+def _row(row: dict[str, Any], columns: list[str], ceilings: dict[str, float]) -> str:
+    name = f"{row.get('row', '?'):<62}"
+    if "batches" in row:
+        return f"{name} {', '.join(f'{who} {n:,}' for who, n in row['batches'].items())}"
+    ms = row.get("milliseconds", {})
+    least = floor(row, ceilings)
+    cells = [f"{least:>9.3f}" if least is not None else f"{'-':>9}"]
+    cells.append(f"{ms['product']:>9.3f}" if "product" in ms else f"{'-':>9}")
+    for column in columns:
+        if column in ms and "product" in ms:
+            beside = ms.get("product, again", ms["product"]) if column == "compiled" else ms["product"]
+            off = row.get("difference", {}).get(column, 0.0)
+            mark = "!" if off is None or off > 0.02 else ""  # far from what eager gives
+            cells.append(f"{f'x {ms[column] / beside:.2f}{mark}':>10}")
+        else:
+            cells.append(f"{row.get('failed', {}).get(column, row.get('failed', {}).get('all', '-'))[:10]:>10}")
+    return f"{name} {' '.join(cells)}"

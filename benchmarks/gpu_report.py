@@ -1,0 +1,143 @@
+"""What the README says of GPUs, from result files of `make gpu` and nothing else."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.table import NOT_OURS, PEERS, floor
+
+ROOT = Path(__file__).parent.parent
+FAR = 0.02
+"""A result that is further than this from eager's, in relation to it, proves nothing: sixteen roundings to bfloat16."""
+COLOURS = {"product": "#9aa5b1", "triton": "#2f6f9f", "cuda": "#3f8f5f", "eager": "#c9863a", "compiled": "#a8505c"}
+BAR, GAP, LEFT, WIDTH = 11, 14, 380, 960
+MOST = 8.0
+"""Times the product, where a bar ends."""
+
+
+def kernels(root: Path = ROOT) -> list[tuple[str, str]]:
+    """Every op and the implementations for a GPU that the source has, "triton" or "cuda"."""
+    found = [(path.parent.name, "triton") for path in root.glob("setemb_kernels/ops/*/triton.py")]
+    ops = {op for op, _ in found}
+    for op in ops:
+        found += [(op, "cuda")] * any(root.glob(f"csrc/cuda/{op}*.cu"))
+    return sorted(found)
+
+
+def unproven(contents: list[dict[str, Any]], root: Path = ROOT) -> list[tuple[str, str]]:
+    """Those that no run has both tested without a failure and measured with a right result."""
+    proven = set()
+    for content in contents:
+        if not any(stage["name"] == "tests" and stage["status"] == "ok" for stage in content["stages"]):
+            continue
+        for row in content["rows"]:
+            for name, off in row.get("difference", {}).items():
+                if off is not None and off <= FAR and name in row["milliseconds"]:
+                    proven.add((row["op"], name))
+    return [kernel for kernel in kernels(root) if kernel not in proven]
+
+
+def section(contents: list[dict[str, Any]], root: Path = ROOT) -> str:
+    """Tables and figures of GPUs, the newest file of each device; what is not proven."""
+    newest = {content["device"]: content for content in contents}
+    lines = [""]
+    for content in newest.values():
+        lines += _table(content)
+    if not contents:
+        lines.append("**Nothing has run on a GPU yet**: there is no result file of `make gpu`.")
+    missing = unproven(contents, root)
+    if missing:
+        names = ", ".join(f"{op} in {'Triton' if name == 'triton' else 'CUDA C++'}" for op, name in missing)
+        lines.append(f"Kernels that no run on a GPU has proven: {names}.")
+    return "\n".join(lines) + "\n"
+
+
+def _ours(content: dict[str, Any]) -> list[str]:
+    names = [name for row in content["rows"] for name in row.get("milliseconds", {}) if name not in NOT_OURS]
+    return list(dict.fromkeys(names))
+
+
+def _table(content: dict[str, Any]) -> list[str]:
+    versions, file = content["versions"], content["file"]
+    ours = _ours(content)
+    clocks = content["clocks"].get("after") or content["clocks"].get("before") or {}
+    speed = f"; SM at {clocks['sm_mhz']:.0f} MHz after the last row" if "sm_mhz" in clocks else ""
+    lines = [
+        f"**{content['device']}**, torch {versions['torch']}, CUDA {versions['cuda']}, Triton {versions['triton']}"
+        f"{speed}; "
+        f"[{content['date']}](benchmarks/results/{file}). Beside the cuBLAS products of the same operands, times are "
+        "multiples of theirs; the floor is what operations or bytes take at the best this card did.",
+        "",
+        f"![Times beside the products](benchmarks/results/{Path(file).with_suffix('.svg').name})",
+        "",
+        f"| | floor, ms | products, ms | {' | '.join((*ours, *PEERS))} |",
+        "|---" * (3 + len(ours) + len(PEERS)) + "|",
+    ]
+    batches = []
+    for row in content["rows"]:
+        if "batches" in row:
+            sizes = ", ".join(f"{who} {n:,}" for who, n in row["batches"].items())
+            batches.append(f"{row['row']}: {sizes}.")
+            continue
+        if "product" not in row.get("milliseconds", {}):
+            continue
+        least, ms = floor(row, content.get("ceilings", {})), row["milliseconds"]
+        cells = ["" if least is None else _time(least), _time(ms["product"])]
+        for name in (*ours, *PEERS):
+            cells.append(f"{times_product(row, name):.2f}" if name in ms else row["failed"].get(name, ""))
+        lines.append(f"| {row['row']} | {' | '.join(cells)} |")
+    bad = [f"{s['name']}: {s['status']}, {s.get('detail', '')}" for s in content["stages"] if s["status"] != "ok"]
+    return [*lines, "", *batches, *(f"Stage {line}." for line in bad), ""]
+
+
+def times_product(row: dict[str, Any], name: str) -> float:
+    """A time as a multiple of that of the products in the same pass."""
+    ms = row["milliseconds"]
+    return float(ms[name] / (ms.get("product, again", ms["product"]) if name == "compiled" else ms["product"]))
+
+
+def _time(ms: float) -> str:
+    return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
+
+
+def figure(content: dict[str, Any]) -> str:
+    """SVG: of each row a bar for each implementation, as multiples of the products; a line at 1."""
+    rows = [row for row in content["rows"] if "product" in row.get("milliseconds", {})]
+    names = [*_ours(content), *PEERS]
+    scale = (WIDTH - LEFT - 60) / MOST
+    parts, y = [], 44
+    for row in rows:
+        present = [name for name in names if name in row["milliseconds"]]
+        parts.append(f'<text x="{LEFT - 8}" y="{y + BAR}" text-anchor="end">{escape(row["row"])}</text>')
+        for name in present:
+            times = times_product(row, name)
+            width = max(1.0, scale * min(times, MOST))
+            colour = COLOURS.get(name, "#666")
+            parts.append(f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR - 2}" fill="{colour}"/>')
+            parts.append(f'<text class="n" x="{LEFT + width + 4:.1f}" y="{y + BAR - 2}">{times:.2f}</text>')
+            y += BAR
+        y += GAP + (0 if present else BAR)
+    legend, x = [], LEFT
+    for name in names:
+        legend.append(f'<rect x="{x}" y="12" width="10" height="10" fill="{COLOURS.get(name, "#666")}"/>')
+        legend.append(f'<text x="{x + 14}" y="21">{escape(name)}</text>')
+        x += 24 + 8 * len(name)
+    title = escape(f"{content['device']}, {content['date']}: times as multiples of the cuBLAS products'")
+    one = LEFT + scale
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 8}" font-family="sans-serif" '
+            'font-size="11">',
+            f"<title>{title}</title>",
+            "<style>.n{font-size:9px;fill:#555}</style>",
+            f'<rect width="{WIDTH}" height="{y + 8}" fill="#fff"/>',
+            *legend,
+            f'<line x1="{one:.1f}" y1="34" x2="{one:.1f}" y2="{y}" stroke="#9aa5b1" stroke-dasharray="3 3"/>',
+            f'<text class="n" x="{one:.1f}" y="32" text-anchor="middle">the products</text>',
+            *parts,
+            "</svg>",
+            "",
+        ]
+    )

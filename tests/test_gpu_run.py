@@ -1,0 +1,517 @@
+"""`make gpu` without a GPU: the whole run on the CPU with tiny sizes, and its parts with a device that is made up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import implementations, machine, tally
+from benchmarks.gpu.__main__ import MINUTES, SECONDS, GpuRun
+from benchmarks.gpu.bench import Bench, ContextLostError
+from benchmarks.gpu.rows import Row, rows
+from benchmarks.gpu.stages import Ended, Run, Stage, read_lines, run_process
+from benchmarks.gpu.table import floor, table
+from benchmarks.gpu.timing import CudaClock, HostClock, Times, take_turns
+
+ROOT = Path(__file__).parent.parent
+kernel_backends = importlib.import_module("setemb_kernels.backends")  # the name is also that of a function
+
+
+# --- all of it
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    """Every stage and the code of every row, each checked against eager."""
+    command = ["bash", "benchmarks/gpu.sh", "--device", "cpu", "--quick"]
+    environment = {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    assert content["kind"] == "gpu" and content["dry_run"]
+    assert [stage["name"] for stage in content["stages"]] == ["machine", "tests", "memcheck", "racecheck", "benchmarks"]
+    assert all(stage["status"] == "ok" and 0 < stage["seconds"] <= stage["limit"] for stage in content["stages"])
+    assert content["versions"]["torch"] == torch.__version__ and content["versions"]["setemb"]
+    assert content["clocks"]["source"].startswith("nvidia-smi")
+    assert all(rate > 0 for rate in content["ceilings"].values()) and content["clock"] == HostClock.source
+    table_rows = {row.key: row for row in rows("cpu", quick=True)}
+    assert {row["row"] for row in content["rows"]} - set(table_rows) == {
+        "set_triplet_loss largest batch K4 D1024 bfloat16"
+    }
+    for line in content["rows"]:
+        assert not line["failed"], line
+        if "batches" in line:
+            assert line["batches"] == {"eager": 32, "ours": 32}
+            continue
+        row = table_rows[line["row"]]
+        names = set(line["milliseconds"]) - {"product", "product, again", "eager", "compiled"}
+        assert names == set(line["spread"]) - {"product", "eager", "compiled"} and len(names) == 1
+        assert ("compiled" in line["milliseconds"]) == (row.compiled is not None)
+        assert all(value > 0 for value in line["milliseconds"].values())
+        (ours,) = names
+        # bfloat16 on both sides, where a value may differ by a rounding: 2^-8
+        assert line["difference"] == {"eager": 0.0, ours: pytest.approx(0, abs=2**-6)}, line["row"]
+    shown = run.stdout.strip().splitlines()
+    assert len(shown) < 40 and all(key in run.stdout for key in table_rows)
+    assert shown[-1] == f"all numbers: {path}"
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stdout.startswith("make gpu: this torch sees no CUDA device")
+    assert not list(tmp_path.iterdir())
+
+
+# --- stages
+
+
+def test_a_process_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    start_another = f"subprocess.run([sys.executable, '-c', {grandchild(alive)!r}])"
+    script = f"import subprocess, sys; print('begun', flush=True); {start_another}"
+    start = time.monotonic()
+    ended = run_process([sys.executable, "-c", script], tmp_path / "log", 2.0, ROOT)
+    assert ended.status is None and 2.0 <= ended.seconds < 10
+    assert time.monotonic() - start < 10
+    assert "begun" in (tmp_path / "log").read_text()
+    size = alive.stat().st_size
+    time.sleep(0.3)
+    assert alive.stat().st_size == size > 0
+
+
+def grandchild(alive: Path) -> str:
+    return f"import time\nwhile True: open({str(alive)!r}, 'a').write('.'); time.sleep(0.02)"
+
+
+def test_a_stage_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    now = [0.0]
+    run = Run(tmp_path / "file.json", 100, now=lambda: now[0])
+
+    def good(stage: Stage, limit: float) -> None:
+        stage.status, now[0] = "ok", now[0] + 60
+
+    def bad(stage: Stage, limit: float) -> None:
+        raise RuntimeError("does not compile")
+
+    run.stage("first", 80, good)
+    run.stage("second", 80, bad)
+    assert run.content["stages"][1] == {
+        **{"name": "second", "status": "failed", "seconds": 0.0, "limit": 40.0},
+        "detail": "RuntimeError: does not compile",
+    }
+    run.stage("third", 80, good)
+    assert run.stage("fourth", 80, good).status == "out of time"
+    stages = json.loads((tmp_path / "file.json").read_text())["stages"]
+    assert [stage["status"] for stage in stages] == ["ok", "failed", "ok", "out of time"]
+
+
+def test_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_text('{"a": 1}\n{"b": ')
+    assert read_lines(path) == [{"a": 1}]
+    assert read_lines(tmp_path / "none") == []
+
+
+Answer = Callable[[list[str], Path, dict[str, str]], Any]
+
+
+def gpu_run(tmp_path: Path, answer: Answer, device: str = "cuda") -> GpuRun:
+    """A run whose processes are made up: `answer` gets the command, the log and the environment."""
+
+    def process(command: list[str], log: Path, limit: float, cwd: Path, environment: dict[str, str]) -> Ended:
+        return Ended(answer(command, log, environment), 0.1)
+
+    run = GpuRun(tmp_path, device, quick=False, process=process)
+    run.run.content |= {"device": "NVIDIA X", "capability": "9.0", "clocks": {"source": ""}}
+    return run
+
+
+def test_builds_for_the_chip_that_is_there(tmp_path: Path) -> None:
+    seen: list[dict[str, str]] = []
+    run = gpu_run(tmp_path, lambda command, log, environment: seen.append(environment) or 0)
+    for cuda in ("0", "1"):
+        stage = Stage("build")
+        run.build(stage, 1.0, cuda=cuda)
+        assert stage.status == "ok"
+        assert seen[-1]["SETEMB_CUDA"] == cuda and seen[-1]["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "expected"),
+    [
+        ("triton: 12 calls\n========= ERROR SUMMARY: 0 errors\n", 0, ("ok", "12 calls, ERROR SUMMARY: 0 errors")),
+        (
+            "triton: 12 calls\n========= ERROR SUMMARY: 3 errors\n",
+            9,
+            ("failed", "exit 9: ========= ERROR SUMMARY: 3 errors"),
+        ),
+        ("========= Device not supported\n", 1, ("absent", "compute-sanitizer does not support this device")),
+        ("========= ERROR SUMMARY: 0 errors\n", 0, ("failed", "0 calls, ERROR SUMMARY: 0 errors")),
+        ("triton: 12 calls\n", 0, ("failed", "12 calls")),
+        ("triton: 12 calls\n", None, ("out of time", "")),
+    ],
+)
+def test_sanitizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, status: int | None, expected: tuple[str, str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda *args, **options: "/bin/compute-sanitizer")
+
+    def answer(command: list[str], log: Path, environment: dict[str, str]) -> int | None:
+        assert command[:3] == ["/bin/compute-sanitizer", "--tool", "memcheck"]
+        assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        log.write_text(output)
+        return status
+
+    stage = Stage("memcheck")
+    gpu_run(tmp_path, answer).sanitizer(stage, 1.0, "memcheck")
+    assert (stage.status, stage.detail) == expected
+
+
+def test_sanitizer_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *args, **options: None)
+    stage = Stage("memcheck")
+    gpu_run(tmp_path, lambda *_: 0).sanitizer(stage, 1.0, "memcheck")
+    assert (stage.status, stage.detail) == ("absent", "compute-sanitizer is not installed")
+
+
+def test_a_kernel_that_ends_the_process_costs_one_figure(tmp_path: Path) -> None:
+    """The measuring process is started again without it, and goes on with what is not yet done."""
+    commands = []
+
+    def answer(command: list[str], log: Path, environment: dict[str, str]) -> int:
+        commands.append(command)
+        lines = Path(command[command.index("--results") + 1])
+        log.write_text("illegal memory access\n")
+        with lines.open("a") as file:
+            if len(commands) == 1:
+                file.write(json.dumps({"ceilings": {"a": 1.0}, "clock": "events"}) + "\n")
+                file.write(
+                    json.dumps({"row": "one", "phase": "plain", "milliseconds": {"product": 1.0}, "spread": {}}) + "\n"
+                )
+                file.write(json.dumps({"begin": "two", "phase": "plain", "implementation": "cuda"}) + "\n")
+                return 3
+            both = {
+                "milliseconds": {"product": 2.0},
+                "spread": {"product": 0.1},
+                "failed": {"cuda": "ended the process"},
+            }
+            file.write(json.dumps({"row": "two", "phase": "plain"} | both) + "\n")
+            again = {"milliseconds": {"product": 2.5, "compiled": 9.0}, "spread": {"product": 0.1, "compiled": 0.2}}
+            file.write(json.dumps({"row": "two", "phase": "compiled"} | again) + "\n")
+            file.write(json.dumps({"row": "one", "phase": "compiled", "failed": {"all": "no time left"}}) + "\n")
+        return 0
+
+    run = gpu_run(tmp_path, answer)
+    stage = Stage("benchmarks")
+    run.benchmarks(stage, 60.0)
+    assert stage.status == "failed" and stage.detail == "2 of 2 rows"
+    assert stage.data == {"ended_the_process": ["two cuda: exit 3: illegal memory access"]}
+    assert len(commands) == 2
+    assert commands[1][-3:] == ["--skip", "two", "cuda"]
+    one, two = run.run.content["rows"]
+    assert one["failed"] == {"compiled": "no time left"}
+    assert two["milliseconds"] == {"product": 2.0, "compiled": 9.0, "product, again": 2.5}
+    assert two["spread"] == {"product": 0.1, "compiled": 0.2}
+    assert two["failed"] == {"cuda": "ended the process"}
+    assert run.run.content["ceilings"] == {"a": 1.0}
+
+
+# --- times
+
+
+class ScriptedClock:
+    """Time goes on by what calls say."""
+
+    source = "made up"
+
+    def __init__(self) -> None:
+        self.time, self.cleared, self.waiting = 0.0, 0, False
+
+    def mark(self) -> float:
+        self.waiting = True
+        return self.time
+
+    def milliseconds(self, start: float, end: float) -> float:
+        assert not self.waiting, "read before the device was done"
+        return end - start
+
+    def synchronize(self) -> None:
+        self.waiting = False
+
+    def clear_cache(self) -> None:
+        self.cleared += 1
+        self.time += 1000.0
+
+
+def test_medians_and_spreads() -> None:
+    clock = ScriptedClock()
+    order = []
+
+    def call(name: str, *times: float) -> Callable[[], None]:
+        values = list(times)
+
+        def run() -> None:
+            order.append(name)
+            clock.time += values.pop(0)
+
+        return run
+
+    calls = {"a": [call("a0", 5, 1, 3, 9), call("a1", 2, 4)], "b": [call("b", *[7.0] * 9)]}
+    times = take_turns(clock, calls, 0.001)  # five rounds
+    assert order == ["a0", "b", "a0", "b", "a1", "b", "a0", "b", "a1", "b", "a0", "b"]
+    a, b = times["a"], times["b"]
+    assert (a.median, a.rounds) == (3, 5)  # of 1, 2, 3, 4, 9: quartiles 2 and 4
+    assert a.spread == pytest.approx(2 / 3)
+    assert (b.median, b.spread) == (7, 0)
+    assert clock.cleared == 10
+
+
+def made_up_row(**changes: Any) -> Row:
+    values: dict[str, Any] = {"op": "op", "name": "size", "products": 1, "operations": 4.0, "bytes": 2.0}
+    values |= {"make": lambda: (torch.ones(2),), "product": lambda inputs: lambda: inputs[0]}
+    values |= {name: lambda inputs: lambda: 2 * inputs[0] for name in ("ours", "eager")}
+    return Row(**(values | changes))
+
+
+def bench(row: Row, **options: Any) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    Bench(
+        "cpu",
+        True,
+        lines.append,
+        HostClock(),
+        done=[("set_triplet_loss largest batch K4 D1024 bfloat16", "plain")],
+        **options,
+    ).run([row])
+    return [line for line in lines if "row" in line]
+
+
+def fails(error: Exception) -> Callable[[Any], Callable[[], Any]]:
+    def prepare(inputs: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            raise error
+
+        return run
+
+    return prepare
+
+
+def test_an_implementation_that_fails_costs_its_own_figure() -> None:
+    (line,) = bench(made_up_row(ours=fails(ValueError("no such size\nat all"))))
+    assert set(line["milliseconds"]) == {"product", "eager"}
+    assert list(line["failed"].values()) == ["ValueError: no such size"]
+    (line,) = bench(made_up_row(eager=fails(torch.OutOfMemoryError("tried to allocate"))))
+    assert line["failed"] == {"eager": "out of memory"}
+
+
+def test_an_error_of_the_device_ends_the_process() -> None:
+    with pytest.raises(ContextLostError):
+        bench(made_up_row(eager=fails(RuntimeError("CUDA error: an illegal memory access was encountered"))))
+
+
+def test_a_wrong_result_shows() -> None:
+    (line,) = bench(made_up_row(ours=lambda inputs: lambda: 3 * inputs[0]))
+    (ours,) = set(line["difference"]) - {"eager"}
+    assert line["difference"][ours] == pytest.approx(0.5)
+    (nan,) = bench(made_up_row(ours=lambda inputs: lambda: torch.nan * inputs[0]))
+    assert nan["difference"][ours] is None
+    for content in (line, nan):
+        assert "!" in table({"stages": [], "rows": [content]})
+
+
+def test_rows_that_come_too_late_say_so() -> None:
+    (line,) = bench(made_up_row(), until=0.0)
+    assert line["failed"] == {"all": "no time left"}
+    assert bench(made_up_row(), skip=[("op size", "eager")])[0]["failed"] == {"eager": "ended the process"}
+
+
+def test_floor_is_the_larger_of_operations_and_bytes() -> None:
+    ceilings = {"bfloat16_operations_per_second": 1e3, "copy_bytes_per_second": 1e3}
+    assert floor({"operations": 4.0, "bytes": 2.0}, ceilings) == pytest.approx(4.0)
+    assert floor({"operations": 4.0, "bytes": 9.0}, ceilings) == pytest.approx(9.0)
+    assert floor({"operations": 4.0, "bytes": 9.0}, {}) is None
+
+
+# --- the machine, and tests
+
+
+def test_clocks() -> None:
+    assert machine.clocks("1980, 3201, 1980, 3201, 45, [N/A]\n") == {
+        **{"sm_mhz": 1980, "memory_mhz": 3201, "sm_max_mhz": 1980, "memory_max_mhz": 3201, "temperature_c": 45}
+    }
+    assert machine.clocks("no devices were found\n") == {}
+
+
+def test_tally_of_a_run_that_is_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'not equal'\n"
+        "@pytest.mark.skip\ndef test_not(): pass\n"
+        "def test_ends(): os._exit(9)\n"
+    )
+    lines = tmp_path / "lines"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tally", "--tally", str(lines)]
+    command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(tmp_path), "-c", "/dev/null", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 9, run.stdout + run.stderr
+    found = tally.summary(lines)
+    assert [found[outcome] for outcome in ("passed", "failed", "skipped")] == [1, 1, 1]
+    (failure,) = found["first_failures"]
+    assert "test_bad: AssertionError: not equal" in failure
+
+
+# --- implementations
+
+
+def test_implementations_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_backends, "triton_absent", lambda: "")
+    monkeypatch.setattr(kernel_backends, "_CUDA", {"absent": ""})
+
+    def serving() -> set[str]:
+        return {row.implementation for row in kernel_backends.backends() if row.device == "cuda"}
+
+    choices = implementations.ours("cuda")
+    assert list(choices) == ["triton", "cuda"] and implementations.absent("cuda") == {}
+    for name in ("cuda", "triton", "cuda"):
+        with choices[name]():
+            assert serving() == {name}
+    assert serving() == {"triton"} and {op.chosen for op in kernel_backends.OpBackends.all} == {"automatic"}
+    monkeypatch.setattr(kernel_backends, "_CUDA", {"absent": "the CUDA module is not built"})
+    assert list(implementations.ours("cuda")) == ["triton"]
+    assert implementations.absent("cuda") == {"cuda": "the CUDA module is not built"}
+    assert {op.chosen for op in kernel_backends.OpBackends.all} == {"automatic"}
+
+
+def test_every_op_with_kernels_is_chosen() -> None:
+    assert set(implementations.OPS) == {op.op for op in kernel_backends.OpBackends.all}
+
+
+# --- what only a GPU runs, with a GPU that is made up
+
+
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA X 1", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20, total_memory=80 << 30
+)
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch.cuda is asked for, as a list of what was done; tensors lie on the CPU."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at = -1
+
+        def record(self) -> None:
+            self.at = len(done)
+            done.append("event")
+
+        def elapsed_time(self, end: Any) -> float:
+            assert "synchronize" in done[end.at :], "read before the device was done"
+            return float(end.at - self.at)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, **options))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(machine, "clocks", lambda: {"sm_mhz": 1980.0})
+    monkeypatch.setattr(kernel_backends, "triton_absent", lambda: "")
+    monkeypatch.setattr(kernel_backends, "_CUDA", {"absent": "the CUDA module is not built"})
+    return done
+
+
+def test_cuda_clock(made_up_gpu: list[str]) -> None:
+    clock = CudaClock()
+    assert clock._scratch.numel() * 4 == 256 << 20  # beyond three times the cache
+    times = take_turns(clock, {"a": [lambda: made_up_gpu.append("a")]}, 0.0)
+    assert times["a"] == Times(2.0, 0.0, 5)  # an event, the call, an event
+    # a call before the rounds, to know how many; in a round both events stand around the call, nothing else
+    assert made_up_gpu == [*("event", "a", "event", "synchronize"), *(5 * ["event", "a", "event"]), "synchronize"]
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_bench_on_a_gpu() -> None:
+    lines: list[dict[str, Any]] = []
+    row = made_up_row(make=lambda: (torch.ones(1 << 20),))
+    done = [("set_triplet_loss largest batch K4 D1024 bfloat16", "plain")]
+    Bench("cuda", False, lines.append, HostClock(), done=done).run([row])
+    begun = [line["implementation"] for line in lines if "begin" in line]
+    assert begun == ["product", "triton", "eager"]
+    (line,) = (line for line in lines if "row" in line)
+    assert line["failed"] == {"cuda": "the CUDA module is not built"}
+    assert line["input_sets"] == 16  # of 4 MiB, the most; three times the cache would be 38
+    assert line["clocks"] == {"sm_mhz": 1980.0}
+    assert set(line["milliseconds"]) == {"product", "triton", "eager"}
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_description_of_a_gpu() -> None:
+    found = machine.describe("cuda")
+    assert found["device"] == "NVIDIA X 1" and found["capability"] == "9.0" and found["l2_bytes"] == 50 << 20
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["clocks"]["before"] == {"sm_mhz": 1980.0}
+
+
+def test_a_whole_run_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage in order; the build of CUDA fails, and all others go on."""
+    monkeypatch.setattr("shutil.which", lambda *args, **options: "/bin/compute-sanitizer")
+    described = {"device": "NVIDIA X 1", "capability": "9.0", "versions": {}, "clocks": {"source": "s", "before": {}}}
+
+    def answer(command: list[str], log: Path, environment: dict[str, str]) -> int:
+        text = " ".join(command)
+        if "benchmarks.gpu.machine" in text:
+            log.write_text(f"$ {text}\n{json.dumps(described)}\n")
+        elif "setup.py" in text:
+            log.write_text("error: nvcc\n")
+            return int(environment["SETEMB_CUDA"])
+        elif "--tally" in command:
+            assert {"tests/kernels/cuda/gpu_cases.py", "tests/kernels/smooth_chamfer/triton_cases.py"} <= set(command)
+            lines = Path(command[command.index("--tally") + 1])
+            lines.write_text(json.dumps({"test": "a", "outcome": "passed", "seconds": 1.0}) + "\n")
+        elif "compute-sanitizer" in text:
+            log.write_text("triton: 12 calls\n========= ERROR SUMMARY: 0 errors\n")
+        else:
+            line = {"row": "one", "phase": "plain", "milliseconds": {"product": 1.0, "triton": 2.0}, "failed": {}}
+            Path(command[command.index("--results") + 1]).write_text(json.dumps(line) + "\n")
+        return 0
+
+    def process(command: list[str], log: Path, limit: float, cwd: Path, environment: dict[str, str]) -> Ended:
+        assert limit > 0
+        return Ended(answer(command, log, environment), 0.1)
+
+    assert GpuRun(tmp_path, "cuda", quick=False, process=process).all() == 1
+    (path,) = tmp_path.glob("nvidia-x-1-*.json")
+    content = json.loads(path.read_text())
+    statuses = {stage["name"]: stage["status"] for stage in content["stages"]}
+    assert list(statuses) == [*SECONDS, "benchmarks"]
+    assert {name for name, status in statuses.items() if status != "ok"} == {"build cuda"}
+    assert sum(SECONDS.values()) < 60 * MINUTES - 45  # what is left for measuring at the worst
+    assert "x 2.00" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.jsonl"))
+    assert len(list(tmp_path.iterdir())) <= 8
