@@ -49,6 +49,7 @@ from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nc
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import TransformerTextEncoder
 from setemb.processes import first, gathered_by_first, launched, place
+from setemb.similarity import Similarity
 from setemb_kernels.distributed.ring import Ring
 
 # Its remarks on devices and services are of no use here; its warnings stay.
@@ -210,7 +211,8 @@ def evaluate_sets(
         image_sets.float(),
         caption_sets.float(),
         folds=folds,
-        similarity=model.similarity,
+        similarity=cast(Similarity, model.config.similarity),
+        alpha=model.config.alpha,
         image_groups=image_groups,
         caption_groups=caption_groups,
     )
