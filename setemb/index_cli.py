@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from setemb.index import SetIndex
+    from setemb.index import Item, SetIndex
     from setemb.model import SetEmbedder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -67,7 +67,7 @@ def search(
     html: Annotated[
         Path | None, typer.Option(help="Also write a page with the pictures to this file.", show_default=False)
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Check the checksums of the index.")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksums of the index first.")] = False,
 ) -> None:
     """Search an index with words."""
     from setemb.cli import usage_errors
@@ -81,7 +81,9 @@ def search(
         if any(not text.strip() for text in query):
             raise ValueError("a query must not be empty")
         loaded = SetIndex.load(index, verify=verify)
-        folder = model if model is not None else index / "model"
+        folder = model if model is not None else loaded.model_folder
+        if folder is None:
+            raise ValueError(f"{index} holds no model: name the one that made it with --model")
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing: name the model that made the index with --model")
         threads = torch.get_num_threads()
@@ -93,7 +95,7 @@ def search(
             {
                 "query": text,
                 "results": [
-                    _hit({"rank": rank, "score": score, "row": row, "id": loaded.ids[row]}, loaded.meta[row])
+                    _hit(rank, score, row, loaded.item(row))
                     for rank, (score, row) in enumerate(zip(scores, rows, strict=True), 1)
                 ],
             }
@@ -125,8 +127,9 @@ def _index_precomp(model: SetEmbedder, folder: str, split: str, half: bool) -> S
     )
 
 
-def _hit(own: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+def _hit(rank: int, score: float, row: int, item: Item) -> dict[str, Any]:
     """What a result says of itself comes first, and wins over metadata of the same name."""
+    own, meta = {"rank": rank, "score": score, "row": row, "id": item.id}, item.meta
     return {**own, **{key: value for key, value in meta.items() if key not in own}}
 
 
@@ -155,9 +158,6 @@ def _write_page(path: Path, results: Sequence[Mapping[str, Any]], index: SetInde
     require("jinja2", "demo")
     from setemb.demo.report import render_page
 
-    pictures = (
-        {}
-        if index.pictures is None
-        else {item["row"]: index.pictures[item["row"]] for result in results for item in result["results"]}
-    )
+    found = {hit["row"]: index.item(hit["row"]).picture for result in results for hit in result["results"]}
+    pictures = {row: picture for row, picture in found.items() if picture is not None}
     write_file(path, render_page("search.html.j2", results=results, pictures=pictures, text=_text).encode())

@@ -108,7 +108,7 @@ def test_the_index_finds_what_it_holds(out: Path, features: EmojiFeatures) -> No
     assert len(index) == 2 * len(features.emojis)
     assert index.ids[:2] == [f"{style}/{features.emojis[0].id}" for style in STYLES]
     rows = [0, 17, 399]
-    queries = torch.from_numpy(np.array(index.vectors[rows]))
+    queries = torch.stack([index.item(row).vectors for row in rows])
     assert index.search(queries, k=1).rows[:, 0].tolist() == rows
 
 
