@@ -17,6 +17,7 @@ import torch
 from setemb.index import SetIndex
 
 D = 8
+WRITES_INTO = 99
 
 
 def one(number: int) -> torch.Tensor:
@@ -62,7 +63,10 @@ def change(folder: Path, what: str) -> None:
 
 
 def dies_at(folder: Path, what: str, point: int) -> None:
-    """Changes the folder, and is killed before the given one of its dealings with the file system."""
+    """Changes the folder, and is killed before the given one of its dealings with the file system.
+
+    A file that is there is never opened to write into: it would be half-written for a moment. That is status 99.
+    """
     count = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -70,6 +74,9 @@ def dies_at(folder: Path, what: str, point: int) -> None:
         if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree"):
             if not any(str(folder) in str(argument) for argument in arguments if isinstance(argument, (str, Path))):
                 return
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes and os.path.exists(arguments[0]) and not str(arguments[0]).endswith(".lock"):
+                os._exit(WRITES_INTO)
             if count == point:
                 os.kill(os.getpid(), signal.SIGKILL)
             count += 1
