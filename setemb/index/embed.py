@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,18 +32,6 @@ def embed_images(
     return torch.cat(parts)
 
 
-@torch.inference_mode()
 def embed_texts(model: SetEmbedder, texts: Sequence[str]) -> Tensor:
-    """Sets ``[n, K, D]`` of texts, through whatever the model's text encoder takes as input."""
-    config = model.config.text
-    if config.encoder == "features":
-        from setemb.features import TextFeatures
-
-        tokens, mask = TextFeatures(config.source).encode(texts)
-    elif model.vocabulary is not None:
-        from setemb.data.precomp import WordCaptions
-
-        tokens, mask = WordCaptions(texts, model.vocabulary, 0.0).batch(range(len(texts)), None)
-    else:
-        tokens, mask = cast(Any, model.text_encoder).tokenize(texts)
-    return model.eval().encode_text({"texts": tokens, "text_mask": mask}).embeddings
+    """Sets ``[n, K, D]`` of texts, at least one; see `SetEmbedder.encode_text`."""
+    return model.encode_text(texts).embeddings

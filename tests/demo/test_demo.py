@@ -131,6 +131,54 @@ def test_search_answers_with_a_table_json_and_a_page(out: Path, tmp_path: Path) 
     assert page.open == []
 
 
+def test_a_picture_finds_itself(out: Path, features: EmojiFeatures, tmp_path: Path) -> None:
+    """Drawn at the size that features are made of, as a file: the model makes the same features of it."""
+    from PIL import Image
+
+    from setemb.data.emoji import render
+    from setemb.features import ImageFeatures
+    from setemb.model import SetEmbedder
+
+    pixels = render(features.emojis[8], STYLES[1], ImageFeatures.size)
+    Image.fromarray(pixels).save(tmp_path / "query.png")
+    index = SetIndex.load(out / "index")
+    assert index.model_folder is not None
+    model = SetEmbedder.from_pretrained(index.model_folder)
+    wanted = index.item(17).vectors
+    for image in (pixels, tmp_path / "query.png", Image.fromarray(pixels)):
+        torch.testing.assert_close(model.encode_image(image).embeddings[0], wanted, atol=1e-3, rtol=0)
+    command = ["search", "--index", str(out / "index"), "--image", str(tmp_path / "query.png")]
+    told = CliRunner().invoke(app, [*command, "-k", "1", "--json", "--html", str(tmp_path / "found.html")])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)[0]["results"][0]["id"] == f"{STYLES[1]}/{features.emojis[8].id}"
+    page = Page()
+    page.feed((tmp_path / "found.html").read_text(encoding="utf-8"))
+    assert page.images == 2, "what was asked and what was found"
+    assert page.open == []
+
+
+def test_pictures_of_any_form_are_read_whole(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from setemb.inputs import read_picture
+
+    wide = Image.new("RGBA", (200, 100), (255, 0, 0, 0))
+    wide.paste((0, 0, 255, 255), (0, 0, 100, 100))
+    pixels = read_picture(wide, 64)
+    assert pixels.shape == (64, 64, 3)
+    assert pixels[32, 16].tolist() == [0, 0, 255], "the left half"
+    assert pixels[32, 50].tolist() == [255, 255, 255], "what is transparent is white"
+    assert pixels[4, 32].tolist() == [255, 255, 255], "so is what is beside it"
+    turned = Image.new("RGB", (100, 50), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    pixels = read_picture(tmp_path / "turned.jpg", 64)
+    assert pixels[2, 32, 1] < 50 and pixels[32, 2, 1] > 200
+    with pytest.raises(ValueError, match="expected at most 50,000,000 pixels, got 10000 x 6000"):
+        read_picture(Image.new("1", (10_000, 6000)), 64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
