@@ -1,4 +1,4 @@
-"""``setemb index`` and ``setemb search``. A command imports what it needs when it runs."""
+"""``setemb index``, ``setemb search`` and ``setemb serve``. A command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -114,6 +114,30 @@ def search(
     else:
         for result in results:
             Console().print(_table(result))
+
+
+@app.command("serve")
+def serve(
+    index: Annotated[Path, typer.Option(help="Folder that `setemb index` or `setemb demo` wrote.", show_default=False)],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Embed the queries with this model, not the one in the index.", show_default=False),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Anything but this machine's own lets others in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksums of the index first.")] = False,
+) -> None:
+    """Serve an index: a page with a search box, and a JSON API."""
+    from setemb.cli import tell, usage_errors
+
+    with usage_errors():
+        from setemb.index import SetIndex
+        from setemb.serve import listen
+
+        loaded = SetIndex.load(index, verify=verify)
+        listen(loaded, model_of(loaded, index, model), host, port, lambda address: tell(f"{index}: {address}"))
 
 
 def model_of(index: SetIndex, folder: Path, other: Path | None) -> SetEmbedder:

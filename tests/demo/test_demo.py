@@ -27,6 +27,7 @@ from setemb.demo.runner import chance, shared_keywords
 from setemb.demo.start import start_from_least_squares
 from setemb.evaluation import evaluate_retrieval
 from setemb.index import SetIndex
+from tests.index.browser import Browser, chromium, serving
 
 SECTIONS = ("data", "recall", "by-name", "by-keyword", "by-picture", "slots", "training", "setup", "notice")
 
@@ -155,6 +156,27 @@ def test_a_picture_finds_itself(out: Path, features: EmojiFeatures, tmp_path: Pa
     page.feed((tmp_path / "found.html").read_text(encoding="utf-8"))
     assert page.images == 2, "what was asked and what was found"
     assert page.open == []
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+def test_a_picture_chosen_in_a_browser_finds_itself(out: Path, features: EmojiFeatures, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    from PIL import Image
+
+    from setemb.data.emoji import render
+    from setemb.features import ImageFeatures
+
+    Image.fromarray(render(features.emojis[8], STYLES[1], ImageFeatures.size)).save(tmp_path / "query.png")
+    program = chromium()
+    assert program is not None
+    with serving(out / "index") as address, Browser(program, tmp_path / "profile") as page:
+        page.open(address)
+        page.choose(tmp_path / "query.png", "#image")
+        page.wait("document.querySelectorAll('#results .card').length === 12")
+        assert f"1. {features.emojis[8].name}" in page.value("document.querySelector('#results .card').innerText")
+        assert f"{STYLES[1]}/{features.emojis[8].id}" in page.value("document.querySelector('.card').innerText")
+        page.wait("document.querySelector('#asked img').naturalWidth === 224")
+        assert page.errors == []
 
 
 def test_pictures_of_any_form_are_read_whole(tmp_path: Path) -> None:
