@@ -86,8 +86,10 @@ class SetIndex:
         dtype: str | None = None,
     ) -> None:
         sets = as_tensor(vectors).detach().cpu()
-        if sets.ndim != 3 or not sets.is_floating_point():
-            raise ValueError(f"vectors must be floats [n, K, D], got {_name(sets.dtype)} {list(sets.shape)}")
+        if sets.ndim != 3 or 0 in sets.shape[1:] or not sets.is_floating_point():
+            raise ValueError(
+                f"vectors must be floats [n, K, D] with K, D >= 1, got {_name(sets.dtype)} {list(sets.shape)}"
+            )
         for name, value in (("ids", ids), ("meta", meta), ("pictures", pictures), ("mask", mask)):
             if value is not None and len(value) != len(sets):
                 raise ValueError(f"{name} must have {len(sets)} entries (one a set), got {len(value)}")

@@ -278,8 +278,8 @@ def read_segment(folder: Path, count: int, size: int, features: int, dtype: str)
     def array(name: str, expected: str, *shape: int) -> np.ndarray:
         path = folder / name
         try:
-            # Copy on write: torch takes no read-only arrays without a warning; nothing writes into it.
-            found = np.load(path, mmap_mode="c", allow_pickle=False)
+            # Shared and read-only, so that what is larger than memory can be mapped too.
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} was altered: {error}") from error
         if found.dtype.str != expected or found.shape[: len(shape)] != shape:

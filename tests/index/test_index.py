@@ -91,6 +91,16 @@ def test_round_trip(index: SetIndex, folder: Path, verify: bool) -> None:
     assert sorted(p.name for p in folder.parent.iterdir()) == ["index"], "nothing is left beside"
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is read from /proc: Linux only")
+def test_what_is_loaded_is_mapped_and_takes_no_memory(folder: Path) -> None:
+    """Shared and read-only: a private mapping that could be written counts as memory, and is refused when large."""
+    loaded = SetIndex.load(folder)
+    loaded.search(unit_sets(1, 4, 16, 3))
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    assert {Path(line[5]).name for line in lines} >= {"vectors.npy", "offsets.npy", "items.jsonl", "pictures.npy"}
+    assert {line[1] for line in lines} == {"r--s"}
+
+
 def test_float16_is_kept_and_searched(tmp_path: Path) -> None:
     items = unit_sets(20, 2, 8, 6).half()
     SetIndex(items, [str(i) for i in range(20)]).save(tmp_path / "half")
@@ -172,8 +182,9 @@ def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vectors": torch.zeros(3, 4)}, r"vectors must be .*\[n, K, D\], got float32 \[3, 4\]"),
+        ({"vectors": torch.zeros(3, 4)}, r"vectors must be .*\[n, K, D\] .* got float32 \[3, 4\]"),
         ({"vectors": torch.zeros(3, 1, 4, dtype=torch.int32)}, "got int32"),
+        ({"vectors": torch.zeros(3, 0, 4)}, r"with K, D >= 1, got float32 \[3, 0, 4\]"),
         ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, int8, got 'float8'"),
         ({"alpha": 0.0}, r"alpha must be a finite number > 0, got 0\.0"),
         ({"alpha": float("nan")}, "alpha must be a finite number > 0, got nan"),
