@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MAX_PIXELS = 50_000_000
 """Of a picture that is read from a file."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Of files; others have readers that were not made for files from strangers (one starts another program)."""
+
 Picture = Any
 """A file (`str` or `Path`), a Pillow image, uint8 ``[H, W, 3]``, or features as the model has them, float ``[T, d]``
 (an .npy file of them, numpy or torch)."""
@@ -97,20 +100,20 @@ def read_picture(source: Any, size: int) -> np.ndarray:
         ValueError: it is no picture, or too large a one.
     """
     Image, ImageOps = require("PIL.Image", "demo"), require("PIL.ImageOps", "demo")
+    unidentified = require("PIL", "demo").UnidentifiedImageError
     name = str(source) if isinstance(source, (str, Path)) else "the picture"
     try:
-        opened = source if isinstance(source, Image.Image) else Image.open(source)
+        opened = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got {opened.width} x {opened.height}")
         # a large photograph is read at a fraction of its size
         opened.draft("RGB", (2 * size, 2 * size))
         upright = ImageOps.exif_transpose(opened).convert("RGBA")
-    except FileNotFoundError:
-        raise
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is no picture that can be read: {error}") from error
+        why = "it is none of " + ", ".join(FORMATS) if isinstance(error, unidentified) else str(error)
+        raise ValueError(f"{name} is no picture that can be read: {why}") from error
     upright = ImageOps.contain(upright, (size, size), Image.Resampling.BICUBIC)
     page = Image.new("RGBA", (size, size), "white")
     page.alpha_composite(upright, ((size - upright.width) // 2, (size - upright.height) // 2))

@@ -186,7 +186,8 @@ def test_pictures_of_any_form_are_read_whole(tmp_path: Path) -> None:
 
     wide = Image.new("RGBA", (200, 100), (255, 0, 0, 0))
     wide.paste((0, 0, 255, 255), (0, 0, 100, 100))
-    pixels = read_picture(wide, 64)
+    wide.save(tmp_path / "whole.png")
+    pixels = read_picture(tmp_path / "whole.png", 64)
     assert pixels.shape == (64, 64, 3)
     assert pixels[32, 16].tolist() == [0, 0, 255], "the left half"
     assert pixels[32, 50].tolist() == [255, 255, 255], "what is transparent is white"
@@ -197,6 +198,12 @@ def test_pictures_of_any_form_are_read_whole(tmp_path: Path) -> None:
     turned.save(tmp_path / "turned.jpg", exif=exif)
     pixels = read_picture(tmp_path / "turned.jpg", 64)
     assert pixels[2, 32, 1] < 50 and pixels[32, 2, 1] > 200
+    wide.convert("RGB").save(tmp_path / "query.ppm")
+    with pytest.raises(ValueError, match=r"query\.ppm is no picture that can be read: it is none of PNG, JPEG, WEBP"):
+        read_picture(tmp_path / "query.ppm", 64)
+    (tmp_path / "cut.png").write_bytes((Path(tmp_path / "whole.png")).read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"cut\.png is no picture that can be read"):
+        read_picture(tmp_path / "cut.png", 64)
     with pytest.raises(ValueError, match="expected at most 50,000,000 pixels, got 10000 x 6000"):
         read_picture(Image.new("1", (10_000, 6000)), 64)
 
