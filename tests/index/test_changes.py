@@ -340,3 +340,37 @@ def test_a_damaged_line_is_named_where_it_is_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"id"', b'"xx"'))
     with pytest.raises(ValueError, match=r"items\.jsonl was altered: line 3 is no item"):
         SetIndex.load(tmp_path / "index").item(2)
+
+
+def test_the_model_stays_until_another_is_given(tmp_path: Path) -> None:
+    from setemb.config import ModelConfig
+    from setemb.data.vocab import Vocabulary
+    from setemb.model import SetEmbedder
+
+    def model(seed: int) -> SetEmbedder:
+        torch.manual_seed(seed)
+        config = ModelConfig(dim=D)
+        config.image.dim_in, config.text.vocab_size = 8, 7
+        return SetEmbedder(config, Vocabulary.build(["a b c"], 1)).eval()
+
+    def kept(index: SetIndex) -> int:
+        assert index.model_folder is not None and index.folder is not None
+        assert len(list(index.folder.glob("model-*"))) == 1
+        weight = SetEmbedder.from_pretrained(index.model_folder).image_encoder.fc.weight
+        return next(seed for seed, one in models.items() if torch.equal(one.image_encoder.fc.weight, weight))
+
+    models = {seed: model(seed) for seed in (1, 2)}
+    index = SetIndex.build(tmp_path / "index", records(range(5)), model=models[1])
+    assert kept(index) == kept(SetIndex.load(tmp_path / "index")) == 1
+    index.delete(["größe/1"])
+    index.save()
+    index.compact()
+    assert kept(SetIndex.load(tmp_path / "index")) == 1
+    index.save(tmp_path / "copy")
+    assert kept(SetIndex.load(tmp_path / "copy")) == 1
+    SetIndex.load(tmp_path / "index").save(model=models[2])
+    assert kept(SetIndex.load(tmp_path / "index")) == 2
+    assert kept(SetIndex.load(tmp_path / "copy")) == 1
+    SetIndex.build(tmp_path / "index", records(range(5)))
+    assert SetIndex.load(tmp_path / "index").model_folder is None
+    assert not list((tmp_path / "index").glob("model-*"))
