@@ -117,3 +117,40 @@ def test_what_does_not_fit_is_named(
         evaluate_eccv_caption(images, captions, image_ids=[*ids[0][1:], ids[0][1]])
     with pytest.raises(FileNotFoundError, match=r"pmrp_files: .*pm_image_to_caption\.json is missing"):
         evaluate_eccv_caption(images, captions, pmrp_files=tmp_path)
+
+
+def test_the_command_line_tells_them(tmp_path: Path) -> None:
+    """A collection of COCO's size, and an untrained model: the figures of its sets."""
+    pytest.importorskip("typer")
+    pytest.importorskip("lightning")
+    from typer.testing import CliRunner
+
+    from setemb.cli import app
+    from setemb.config import DataConfig, ModelConfig
+    from setemb.data.vocab import Vocabulary
+    from setemb.model import SetEmbedder
+    from setemb.training import encode_precomp
+
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "testall_ims.npy", rng.normal(size=(5000, 2, 4)).astype(np.float16))
+    words = ["a", "b", "c", "d"]
+    captions = [" ".join(rng.choice(words, 3)) for _ in range(25_000)]
+    (tmp_path / "testall_caps.txt").write_text("\n".join(captions) + "\n")
+    vocabulary = Vocabulary.build(captions, 1)
+    config = ModelConfig(dim=8)
+    config.image.dim_in, config.text.vocab_size, config.text.dim_word = 4, len(vocabulary), 8
+    config.sets.heads, config.sets.dim_head, config.sets.iterations = 1, 8, 1
+    torch.manual_seed(0)
+    SetEmbedder(config, vocabulary).save_pretrained(tmp_path / "model")
+    call = ["eval", str(tmp_path / "model"), f"data.dir={tmp_path}", "data.batch_size=500", "--split", "testall"]
+    told = CliRunner().invoke(app, [*call, "--eccv", "--json", str(tmp_path / "report.json")], env={"COLUMNS": "200"})
+    assert told.exit_code == 0, told.output
+    assert "eccv_map_at_r" in told.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    data = DataConfig(dir=str(tmp_path), batch_size=500)
+    _, parts = encode_precomp(tmp_path / "model", data, "testall")
+    expected = evaluate_eccv_caption(*(torch.cat([part[i] for part in parts]) for i in (0, 1)))
+    assert report["eccv"] == expected
+    told = CliRunner().invoke(app, [*call, "--pmrp", str(tmp_path)])
+    assert told.exit_code == 2
+    assert "--pmrp goes with --eccv" in told.output
