@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.harness import Row, measure
+from benchmarks.harness import ROWS, Row, measure
 from benchmarks.test_smooth_chamfer import unit_sets
 from setemb.evaluation import evaluate_retrieval
 from setemb_kernels import set_topk, smooth_chamfer
@@ -88,3 +92,56 @@ def test_evaluation(benchmark: BenchmarkFixture) -> None:
         operations=2.0 * 4000 * 20_000 * 256,
         rounds=5,
     )
+
+
+COCO_SIZE = """
+import json, sys, torch
+from benchmarks.memory import peak_beyond_inputs_and_results
+from setemb.evaluation import evaluate_retrieval
+
+torch.set_num_threads(int(sys.argv[1]))
+
+def sets(n):
+    result = torch.empty(n, 4, 1024)
+    for part in result.split(1000):
+        torch.nn.functional.normalize(part.normal_(), dim=-1, out=part)
+    return result
+
+evaluate_retrieval(sets(100), sets(500))
+images, captions = sets(5000), sets(25_000)
+def evaluate():
+    evaluate_retrieval(images, captions)
+    evaluate_retrieval(images, captions, folds=5)
+    return ()
+print(json.dumps(peak_beyond_inputs_and_results(evaluate)))
+"""
+
+
+def test_evaluation_of_coco_size(benchmark: BenchmarkFixture) -> None:
+    images, captions = (unit_sets(n, 4, 1024, torch.float32, "cpu") for n in (5000, 25_000))
+    flat = captions.flatten(0, 1)
+
+    def product() -> None:
+        for part in images.flatten(0, 1).split(BLOCK):
+            for other in flat.split(BLOCK):
+                part @ other.T
+
+    row = Row("evaluate_retrieval", "5,000 x 25,000 K4 D1024 float32 cpu, both ways", None, "product in blocks")
+    measure(
+        benchmark,
+        row,
+        ours=lambda: evaluate_retrieval(images, captions),
+        floor=product,
+        peers={},
+        operations=2.0 * 20_000 * 100_000 * 1024,
+        rounds=3,
+    )
+
+
+def test_memory_of_evaluation_of_coco_size() -> None:
+    """Of 5K and of five folds of 1K, in a process of its own."""
+    command = [sys.executable, "-c", COCO_SIZE, str(torch.get_num_threads())]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout
+    row = Row("evaluate_retrieval", "peak memory, 5,000 x 25,000 K4 D1024 float32 cpu, 5K and 1K", None, "")
+    row.memory_mib, row.limit_mib = json.loads(told), 256.0
+    ROWS.append(row)

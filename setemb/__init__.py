@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from setemb.index import SetIndex
     from setemb.model import SetEmbedder
     from setemb_kernels import __version__
 
-__all__ = ["SetEmbedder", "__version__"]
+__all__ = ["SetEmbedder", "SetIndex", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from setemb.model import SetEmbedder
 
         return SetEmbedder
+    if name == "SetIndex":
+        from setemb.index import SetIndex
+
+        return SetIndex
     if name == "__version__":
         from setemb_kernels import __version__
 

@@ -26,6 +26,9 @@ class ImageConfig:
     dropout: float = 0.1
     input_dropout: float = 0.0
     pooling: str = "max"
+    source: str = ""
+    """What makes a picture the input: efficientnet-lite0 (a 7 x 7 grid with its context, see `setemb.features`);
+    empty: the model takes features that were made elsewhere."""
 
 
 @dataclass
@@ -162,6 +165,7 @@ class Config:
 _CHOICES = {
     "model.similarity": ("smooth_chamfer", "max", "cosine"),
     "model.image.pooling": ("max", "mean"),
+    "model.image.source": ("", "efficientnet-lite0"),
     "model.text.pooling": ("max", "mean"),
     "model.text.encoder": ("bigru", "features", "transformer"),
     "model.text.position": ("sine", "none"),

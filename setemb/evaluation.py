@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from setemb_kernels import smooth_chamfer
+from setemb.files import as_tensor
+from setemb.similarity import Similarity, set_similarity
+from setemb_kernels import set_rank
+from setemb_kernels.retrieval import Ranks
 
-_KEEP_ELEMENTS = 1 << 28
-"""Similarities kept between the two passes (1 GiB of float32); a larger matrix is computed twice instead."""
+SimilarityFunction = Callable[[Tensor, Tensor], Tensor]
+"""Sets ``[n, K, D]`` and ``[m, L, D]`` -> ``[n, m]``."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,15 @@ class RecallReport:
 
 @torch.inference_mode()
 def evaluate_retrieval(
-    image_sets: Tensor,
-    caption_sets: Tensor,
+    image_sets: Tensor | np.ndarray,
+    caption_sets: Tensor | np.ndarray,
     captions_per_image: int = 5,
     folds: int | None = None,
-    similarity: Callable[[Tensor, Tensor], Tensor] = smooth_chamfer,
-    block: int = 256,
+    similarity: Similarity | SimilarityFunction = "smooth_chamfer",
+    block: int = 1024,
     image_groups: Tensor | np.ndarray | None = None,
     caption_groups: Tensor | np.ndarray | None = None,
+    alpha: float = 16.0,
 ) -> RecallReport:
     """Ranks every caption for every image and every image for every caption.
 
@@ -81,32 +85,42 @@ def evaluate_retrieval(
     relevant item: ties count against it, so a model that gives one score to all ranks last. So does a score that is
     not a number.
 
+    Memory beyond the sets: a few times ``block x block`` similarities and, where the sets have another dtype than
+    float32, ``block`` of them. So they may be mapped from files.
+
     Args:
-        image_sets: ``[N, K, D]``.
+        image_sets: ``[N, K, D]``, floating; a tensor or a numpy array, also a memory-mapped one.
         caption_sets: ``[M, L, D]``. By default caption c belongs to image ``c // captions_per_image``.
         captions_per_image: M / N.
         folds: evaluate this many contiguous parts by themselves and average the figures (5 for COCO 1K); with groups,
             all images of a group must lie in one.
-        similarity: sets ``[n, K, D]``, ``[m, L, D]`` -> ``[n, m]``.
-        block: images compared with all captions at a time.
+        similarity: see `setemb.similarity.set_similarity`, or a function of two batches of sets.
+        block: sets on either side of a tile of similarities.
         image_groups, caption_groups: integers ``[N]`` and ``[M]``, given together in place of ``captions_per_image``:
             image and caption are relevant to each other where their groups are equal (several images a caption,
             several captions an image). Every query needs something relevant.
+        alpha: sharpness of smooth_chamfer.
 
     Raises:
-        ValueError: naming the argument, what came and what was expected.
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    image_sets, caption_sets = as_tensor(image_sets), as_tensor(caption_sets)
     for name, sets in (("image_sets", image_sets), ("caption_sets", caption_sets)):
         if sets.ndim != 3 or len(sets) == 0:
             raise ValueError(f"{name} must have shape [n, K, D] with n > 0, got {list(sets.shape)}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
     own_images, own_captions = (
         ids.to(image_sets.device)
         for ids in _groups(len(image_sets), len(caption_sets), captions_per_image, image_groups, caption_groups)
     )
     parts = _folds(own_images, own_captions, folds)
-    ranks = [
-        _ranks(image_sets[i], caption_sets[c], own_images[i], own_captions[c], similarity, block) for i, c in parts
-    ]
+    ranks = []
+    for i, c in parts:
+        found = _ranks(
+            _rows(image_sets, i), _rows(caption_sets, c), own_images[i], own_captions[c], similarity, alpha, block
+        )
+        ranks.append((found.x.cpu().numpy(), found.y.cpu().numpy()))
     caption_ranks = np.empty(len(caption_sets), np.int64)
     for (_, c), (_, of_fold) in zip(parts, ranks, strict=True):
         caption_ranks[c.cpu().numpy()] = of_fold
@@ -122,37 +136,68 @@ def evaluate_retrieval(
     )
 
 
+def _rows(sets: Tensor, rows: Tensor) -> Tensor:
+    """These rows, without a copy where they follow each other."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows) and bool((rows[1:] > rows[:-1]).all()):
+        return sets[first : last + 1]
+    return sets[rows.to(sets.device)]
+
+
 def _ranks(
-    image_sets: Tensor,
-    caption_sets: Tensor,
+    images: Tensor,
+    captions: Tensor,
     image_groups: Tensor,
     caption_groups: Tensor,
-    similarity: Callable[[Tensor, Tensor], Tensor],
+    similarity: Similarity | SimilarityFunction,
+    alpha: float,
     block: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Ranks:
     """Ranks from 0 of the best relevant item, for each image and for each caption."""
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
-    keep = len(image_sets) * len(caption_sets) <= _KEEP_ELEMENTS
+    if not callable(similarity):
+        if similarity not in get_args(Similarity):
+            raise ValueError(f"similarity must be one of {', '.join(get_args(Similarity))}, got {similarity!r}")
+        if similarity == "cosine" and (images.shape[1] != 1 or captions.shape[1] != 1):
+            set_similarity(images[:1], captions[:1], similarity)  # says so
+        if similarity != "max":  # of sets of one vector, cosine is smooth_chamfer
+            groups = {"x_group": image_groups, "y_group": caption_groups}
+            return set_rank(images, captions, **groups, alpha=alpha, chunk=block)
+        kind = cast(Similarity, similarity)
+        return _ranks_by(
+            lambda x, y: set_similarity(x.float(), y.float(), kind),
+            images,
+            captions,
+            image_groups,
+            caption_groups,
+            block,
+        )
+    return _ranks_by(similarity, images, captions, image_groups, caption_groups, block)
 
-    def score_blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores ``[n, M]`` and which of them are of relevant pairs."""
-        for start in range(0, len(image_sets), block):
-            rows = slice(start, start + block)
-            yield similarity(image_sets[rows], caption_sets), image_groups[rows, None] == caption_groups
 
-    blocks = list(score_blocks()) if keep else None
-    image_ranks = []
-    # each caption's best relevant score
-    best_image = image_sets.new_full(caption_groups.shape, -torch.inf)
-    for scores, relevant in blocks or score_blocks():
-        positives = scores.masked_fill(~relevant, -torch.inf)
-        image_ranks.append((~(scores < positives.amax(1, keepdim=True)) & ~relevant).sum(1))
-        best_image = torch.maximum(best_image, positives.amax(0))
-    caption_ranks: Tensor = torch.zeros_like(caption_groups)
-    for scores, relevant in blocks or score_blocks():
-        caption_ranks += (~(scores < best_image) & ~relevant).sum(0)
-    return torch.cat(image_ranks).cpu().numpy(), caption_ranks.cpu().numpy()
+def _ranks_by(
+    similarity: SimilarityFunction, x: Tensor, y: Tensor, x_group: Tensor, y_group: Tensor, block: int
+) -> Ranks:
+    """What `set_rank` counts, by any similarity: tiles with relevant pairs are made twice."""
+    tiles = [
+        (slice(i, min(i + block, len(x))), slice(j, min(j + block, len(y))))
+        for i in range(0, len(x), block)
+        for j in range(0, len(y), block)
+    ]
+    y_group = y_group.to(x_group.device)
+    # in float64, which holds every score as it is
+    best_x, best_y = (torch.full_like(ids, -torch.inf, dtype=torch.float64) for ids in (x_group, y_group))
+    for i, j in tiles:
+        relevant = x_group[i, None] == y_group[j]
+        if relevant.any():
+            s = similarity(x[i], y[j]).double()
+            s = s.masked_fill(~relevant | s.isnan(), -torch.inf)
+            best_x[i], best_y[j] = torch.maximum(best_x[i], s.amax(1)), torch.maximum(best_y[j], s.amax(0))
+    ranks = Ranks(torch.zeros_like(x_group), torch.zeros_like(y_group))
+    for i, j in tiles:
+        s, other = similarity(x[i], y[j]).double(), x_group[i, None] != y_group[j]
+        ranks.x[i] += (~(s < best_x[i, None]) & other).sum(1)
+        ranks.y[j] += (~(s < best_y[j]) & other).sum(0)
+    return ranks
 
 
 def _groups(

@@ -1,13 +1,19 @@
-"""Folders that are never half-written."""
+"""Folders that are never half-written, and arrays of files as tensors."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 @contextmanager
@@ -35,3 +41,14 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def as_tensor(array: np.ndarray | Tensor) -> Tensor:
+    """A tensor over the same memory, for reading: numpy arrays may be mapped from a file that must not be written."""
+    import torch
+
+    if isinstance(array, torch.Tensor):
+        return array
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)

@@ -1,12 +1,12 @@
-"""``setemb index`` and ``setemb search``. A command imports what it needs when it runs."""
+"""``setemb index``, ``setemb search`` and ``setemb serve``. A command imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,36 +28,54 @@ def build(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the index; an index there is replaced.", show_default=False)],
     split: Annotated[str, typer.Option(help="Which split of the folder.")] = "dev",
+    of: Annotated[
+        Literal["images", "texts"], typer.Option(help="What is found later: images, or captions (names of emoji).")
+    ] = "images",
     cache: Annotated[
         Path | None,
         typer.Option(
             help="Folder for the features of the emoji.  [default: ~/.cache/setemb/emoji]", show_default=False
         ),
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="Keep the vectors in float16.")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "int8"], typer.Option(help="How the vectors are kept.")
+    ] = "float32",
+    half: Annotated[bool, typer.Option("--half", help="As --dtype float16.")] = False,
 ) -> None:
-    """Embed a collection of images with a trained model and keep it as a searchable index, the model included."""
+    """Embed a collection with a trained model and keep it as a searchable index, the model included."""
     from setemb.cli import tell, usage_errors
 
     with usage_errors():
+        from setemb.index import SetIndex
         from setemb.training import load_model
 
         loaded = load_model(model)
-        if data == "emoji":
-            from setemb.demo.data import load_features
-            from setemb.demo.runner import index_emoji
-
-            index = index_emoji(loaded, load_features(cache), half)
-        else:
-            index = _index_precomp(loaded, data, split, half)
-        index.save(out, loaded)
-    tell(f"{len(index)} images in {out}")
+        index = SetIndex.build(
+            out,
+            _emoji(loaded, cache, of) if data == "emoji" else _precomp(loaded, data, split, of),
+            similarity=loaded.config.similarity,  # type: ignore[arg-type]
+            alpha=loaded.config.alpha,
+            dtype="float16" if half else dtype,
+            model=loaded,
+        )
+    tell(f"{len(index)} {of} in {out}")
 
 
 @app.command("search")
 def search(
-    query: Annotated[list[str], typer.Argument(help="What to look for; several queries give several lists.")],
+    query: Annotated[
+        list[str] | None,
+        typer.Argument(help="Words to look for; several queries give several lists.", show_default=False),
+    ] = None,
+    *,
     index: Annotated[Path, typer.Option(help="Folder that `setemb index` or `setemb demo` wrote.", show_default=False)],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A picture to look for, or an .npy file of an image's features; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     top: Annotated[int, typer.Option("-k", "--top", min=1, help="Results a query.")] = 10,
     model: Annotated[
         Path | None,
@@ -65,75 +83,109 @@ def search(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Also write a page with the pictures to this file.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Also write a page with pictures, and what each slot matched, to this file.", show_default=False
+        ),
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Check the checksums of the index.")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksums of the index first.")] = False,
 ) -> None:
-    """Search an index with words."""
+    """Search an index with words or pictures."""
     from setemb.cli import usage_errors
 
     with usage_errors():
-        import torch
-
-        from setemb.index import SetIndex, embed_texts
-        from setemb.model import SetEmbedder
-
-        if any(not text.strip() for text in query):
+        if not query and not image:
+            raise ValueError("give words to look for, or a picture with --image")
+        if any(not text.strip() for text in query or []):
             raise ValueError("a query must not be empty")
+        from setemb.index import SetIndex
+        from setemb.search import find, queries
+
         loaded = SetIndex.load(index, verify=verify)
-        folder = model if model is not None else index / "model"
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is missing: name the model that made the index with --model")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a few words are too little to share: threads that wait for each other cost more
-        queries = embed_texts(SetEmbedder.from_pretrained(folder), query)
-        torch.set_num_threads(threads)
-        found = loaded.search(queries, top)
-        results = [
-            {
-                "query": text,
-                "results": [
-                    _hit({"rank": rank, "score": score, "row": row, "id": loaded.ids[row]}, loaded.meta[row])
-                    for rank, (score, row) in enumerate(zip(scores, rows, strict=True), 1)
-                ],
-            }
-            for text, scores, rows in zip(query, found.scores.tolist(), found.rows.tolist(), strict=True)
-        ]
+        pictures = [(str(path), path) for path in image or []]
+        wanted = queries(model_of(loaded, index, model), query or [], pictures)
+        results = find(loaded, wanted, top, pairs=html is not None)
         if html is not None:
-            _write_page(html, results, loaded)
+            _write_page(html, results, loaded, image or [])
     if as_json:
-        json.dump(results, sys.stdout, indent=1, ensure_ascii=False)
+        shown = [answer | {"results": [_without_pairs(hit) for hit in answer["results"]]} for answer in results]
+        json.dump(shown, sys.stdout, indent=1, ensure_ascii=False)
         sys.stdout.write("\n")
     else:
         for result in results:
             Console().print(_table(result))
 
 
-def _index_precomp(model: SetEmbedder, folder: str, split: str, half: bool) -> SetIndex:
-    """The images of a split of the precomputed format, with their captions."""
+@app.command("serve")
+def serve(
+    index: Annotated[Path, typer.Option(help="Folder that `setemb index` or `setemb demo` wrote.", show_default=False)],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Embed the queries with this model, not the one in the index.", show_default=False),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Anything but this machine's own lets others in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksums of the index first.")] = False,
+) -> None:
+    """Serve an index: a page with a search box, and a JSON API."""
+    from setemb.cli import tell, usage_errors
+
+    with usage_errors():
+        from setemb.index import SetIndex
+        from setemb.serve import listen
+
+        loaded = SetIndex.load(index, verify=verify)
+        listen(loaded, model_of(loaded, index, model), host, port, lambda address: tell(f"{index}: {address}"))
+
+
+def model_of(index: SetIndex, folder: Path, other: Path | None) -> SetEmbedder:
+    """The model that is kept with an index, or another one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from setemb.model import SetEmbedder
+
+    path = other if other is not None else index.model_folder
+    if path is None:
+        raise ValueError(f"{folder} holds no model: name the one that made it with --model")
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing: name the model that made the index with --model")
+    return SetEmbedder.from_pretrained(path)
+
+
+def _emoji(model: SetEmbedder, cache: Path | None, of: str) -> Iterator[tuple[Any, ...]]:
+    from setemb.demo.data import load_features
+    from setemb.demo.runner import emoji_names, emoji_pictures
+
+    features = load_features(cache)
+    return emoji_pictures(model, features) if of == "images" else emoji_names(model, features)
+
+
+def _precomp(model: SetEmbedder, folder: str, split: str, of: str) -> Iterator[tuple[Any, ...]]:
+    """The images of a split of the precomputed format with their captions, or the captions with their images' ids."""
     from setemb.data.precomp import PrecompDataset
-    from setemb.index import SetIndex, embed_images
+    from setemb.index import embed_images, embed_texts
 
-    data = PrecompDataset(folder, split)
-    vectors, each = embed_images(model, data.images), data.captions_per_image
-    return SetIndex(
-        vectors.half() if half else vectors,
-        [f"{split}/{row}" for row in range(len(data))],
-        [{"captions": data.texts[row * each : (row + 1) * each]} for row in range(len(data))],
-        similarity=model.config.similarity,  # type: ignore[arg-type]
-        alpha=model.config.alpha,
-    )
-
-
-def _hit(own: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result says of itself comes first, and wins over metadata of the same name."""
-    return {**own, **{key: value for key, value in meta.items() if key not in own}}
+    data, at_once = PrecompDataset(folder, split), 128
+    each = data.captions_per_image
+    if of == "texts":
+        for start in range(0, len(data.texts), at_once):
+            texts = data.texts[start : start + at_once]
+            for row, (text, one) in enumerate(zip(texts, embed_texts(model, texts), strict=True), start):
+                yield f"{split}/{row // each}/{row % each}", one, {"caption": text, "image": f"{split}/{row // each}"}
+        return
+    for start in range(0, len(data), at_once):
+        for row, one in enumerate(embed_images(model, data.images[start : start + at_once]), start):
+            yield f"{split}/{row}", one, {"captions": data.texts[row * each : (row + 1) * each]}
 
 
 def _table(result: Mapping[str, Any]) -> Table:
     """Rank, score, id, and whatever metadata the items have."""
     rows: Sequence[Mapping[str, Any]] = result["results"]
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("row", "pairs")))
     table = Table(title=escape(f"“{result['query']}”"), title_justify="left", header_style="bold")
     for column in columns:
         table.add_column(escape(column), justify="right" if column in ("rank", "score") else "left", overflow="fold")
@@ -148,16 +200,21 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _write_page(path: Path, results: Sequence[Mapping[str, Any]], index: SetIndex) -> None:
+def _without_pairs(hit: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in hit.items() if key != "pairs"}
+
+
+def _write_page(path: Path, results: Sequence[Mapping[str, Any]], index: SetIndex, images: Sequence[Path]) -> None:
     from setemb.checkpoint import write_file
-    from setemb.packages import require
+    from setemb.inputs import read_picture
+    from setemb.pages import render_page
 
-    require("jinja2", "demo")
-    from setemb.demo.report import render_page
-
-    pictures = (
-        {}
-        if index.pictures is None
-        else {item["row"]: index.pictures[item["row"]] for result in results for item in result["results"]}
+    found = {hit["row"]: index.item(hit["row"]).picture for result in results for hit in result["results"]}
+    page = render_page(
+        "search.html.j2",
+        results=results,
+        pictures={row: picture for row, picture in found.items() if picture is not None},
+        asked={str(path): read_picture(path, 160) for path in images if path.suffix != ".npy"},
+        text=_text,
     )
-    write_file(path, render_page("search.html.j2", results=results, pictures=pictures, text=_text).encode())
+    write_file(path, page.encode())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from setemb.config import ModelConfig
+from setemb.inputs import Picture, image_batch, text_batch
 from setemb.modules import (
     FeatureTextEncoder,
     GRUTextEncoder,
@@ -72,17 +75,46 @@ class SetEmbedder(nn.Module):
         self.image_sets = _set_prediction(config, self.image_encoder, None)
         self.text_sets = _set_prediction(config, self.text_encoder, None if text.position == "none" else text.position)
 
-    def encode_image(self, batch: Batch, return_attention: bool = False) -> SetOutput:
-        """Sets of the images of a batch (keys ``images`` and ``image_mask``)."""
-        local, global_, mask = self.image_encoder(batch["images"], batch.get("image_mask"))
+    def encode_image(self, images: Batch | Picture | Sequence[Picture], return_attention: bool = False) -> SetOutput:
+        """Sets of images.
+
+        Args:
+            images: a batch (keys ``images`` and ``image_mask``), or one picture or several: files, Pillow images, uint8
+                ``[H, W, 3]``, or features ``[T, dim_in]`` (see `setemb.inputs`). These are encoded in evaluation mode,
+                without gradients.
+        """
+        if not isinstance(images, Mapping):
+            with self._asked():
+                return self.encode_image(image_batch(self, images), return_attention)
+        local, global_, mask = self.image_encoder(images["images"], images.get("image_mask"))
         output: SetOutput = self.image_sets(local, global_, mask, return_attention)
         return output
 
-    def encode_text(self, batch: Batch, return_attention: bool = False) -> SetOutput:
-        """Sets of the captions of a batch (keys ``texts`` and ``text_mask``)."""
-        local, global_, mask = self.text_encoder(batch["texts"], batch["text_mask"])
+    def encode_text(self, texts: Batch | str | Sequence[str], return_attention: bool = False) -> SetOutput:
+        """Sets of texts.
+
+        Args:
+            texts: a batch (keys ``texts`` and ``text_mask``), or one text or several, which are encoded in evaluation
+                mode, without gradients: ``index.search(model.encode_text("a dog"))``.
+        """
+        if not isinstance(texts, Mapping):
+            with self._asked():
+                return self.encode_text(text_batch(self, texts), return_attention)
+        local, global_, mask = self.text_encoder(texts["texts"], texts["text_mask"])
         output: SetOutput = self.text_sets(local, global_, mask, return_attention)
         return output
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Evaluation mode, without gradients."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def similarity(self, x: Tensor | SetOutput, y: Tensor | SetOutput) -> Tensor:
         """``[N, K, D]`` and ``[M, L, D]`` (or what the encode methods return) -> ``[N, M]``; see `set_similarity`."""

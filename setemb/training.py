@@ -49,6 +49,7 @@ from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nc
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import TransformerTextEncoder
 from setemb.processes import first, gathered_by_first, launched, place
+from setemb.similarity import Similarity
 from setemb_kernels.distributed.ring import Ring
 
 # Its remarks on devices and services are of no use here; its warnings stay.
@@ -210,7 +211,8 @@ def evaluate_sets(
         image_sets.float(),
         caption_sets.float(),
         folds=folds,
-        similarity=model.similarity,
+        similarity=cast(Similarity, model.config.similarity),
+        alpha=model.config.alpha,
         image_groups=image_groups,
         caption_groups=caption_groups,
     )
@@ -423,6 +425,13 @@ def evaluate_precomp(
     path: str | Path, settings: DataConfig, split: str = "dev", folds: int | None = None
 ) -> RecallReport:
     """Recall of a model (see `load_model`) on a split of a folder of the precomputed format."""
+    return evaluate_sets(*encode_precomp(path, settings, split), folds)
+
+
+def encode_precomp(
+    path: str | Path, settings: DataConfig, split: str
+) -> tuple[SetEmbedder, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """The model (see `load_model`), and what it makes of a split of a folder of the precomputed format."""
     if not settings.dir:
         raise ValueError("data.dir must name the folder with the data, got nothing")
     model = load_model(path)
@@ -433,7 +442,7 @@ def evaluate_precomp(
             f"{settings.dir} has {data.images.shape[2]}"
         )
     data.captions = captions_for(model, data.texts, settings)
-    return evaluate_sets(model, encode_dataset(model, data, settings.batch_size), folds)
+    return model, encode_dataset(model, data, settings.batch_size)
 
 
 def captions_for(model: SetEmbedder, texts: Sequence[str], settings: DataConfig) -> Captions:

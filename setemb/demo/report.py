@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,36 +14,12 @@ from setemb.checkpoint import write_file
 from setemb.data.emoji import NOTICE, STYLES
 from setemb.demo.charts import grouped_bars, lines
 from setemb.features import with_context
+from setemb.pages import render_page
 
 if TYPE_CHECKING:
     from setemb.demo.runner import DemoResult, Trained
 
-TEMPLATES = Path(__file__).parent / "templates"
 AT = ("R@1", "R@5", "R@10")
-
-
-def render_page(template: str, **context: Any) -> str:
-    """A template of this folder's ``templates``; the filter ``picture`` inlines a uint8 ``[H, W, 3 or 4]`` array."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["picture"] = picture
-    return environment.get_template(template).render(**context)
-
-
-def picture(pixels: np.ndarray) -> str:
-    """A ``data:`` address with the picture as WebP, without loss."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(pixels)).save(buffer, "WEBP", lossless=True, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def write_report(result: DemoResult, path: Path) -> None:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -131,7 +132,14 @@ def run_demo(
     with _stage(f"evaluation: {START.label}", seconds, console):
         start = evaluate_variant(START, new_model(config, features, phrases), features, parts["test"])
     with _stage("index", seconds, console):
-        index_emoji(trained[0].model, features).save(out / "index", trained[0].model)
+        main = trained[0].model
+        SetIndex.build(
+            out / "index",
+            emoji_pictures(main, features),
+            similarity=cast(Similarity, main.config.similarity),
+            alpha=main.config.alpha,
+            model=main,
+        )
     result = DemoResult(features, parts, trained, start, config, seconds, quick)
     with _stage("page", seconds, console):
         write_file(out / "NOTICE.txt", (NOTICE.replace(". ", ".\n") + "\n").encode())
@@ -223,18 +231,20 @@ def chance(items: int, relevant: int, k: int) -> float:
     return 100 * (1 - math.comb(items - relevant, k) / math.comb(items, k))
 
 
-def index_emoji(model: SetEmbedder, features: EmojiFeatures, half: bool = False) -> SetIndex:
-    """An index of all drawings of all emoji; ``half``: float16 vectors."""
+def emoji_pictures(model: SetEmbedder, features: EmojiFeatures) -> Iterator[tuple[Any, ...]]:
+    """All drawings of all emoji, as items of an index."""
     items = [(emoji, style) for emoji in features.emojis for style in STYLES]
     vectors = embed_images(model, features.grids, prepare=with_context)
-    return SetIndex(
-        vectors.half() if half else vectors,
-        [f"{style}/{emoji.id}" for emoji, style in items],
-        [{"emoji": emoji.character, "name": emoji.name} for emoji, _ in items],
-        features.thumbnails,
-        cast(Similarity, model.config.similarity),
-        model.config.alpha,
-    )
+    for (emoji, style), one, picture in zip(items, vectors, features.thumbnails, strict=True):
+        yield f"{style}/{emoji.id}", one, {"emoji": emoji.character, "name": emoji.name}, np.asarray(picture)
+
+
+def emoji_names(model: SetEmbedder, features: EmojiFeatures) -> Iterator[tuple[Any, ...]]:
+    """The names of all emoji, as items of an index."""
+    for start in range(0, len(features.emojis), 256):
+        some = features.emojis[start : start + 256]
+        for emoji, one in zip(some, embed_phrases(model, features, [e.name for e in some]), strict=True):
+            yield emoji.id, one, {"emoji": emoji.character, "name": emoji.name}
 
 
 def summary(result: DemoResult) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from setemb.demo.runner import chance, shared_keywords
 from setemb.demo.start import start_from_least_squares
 from setemb.evaluation import evaluate_retrieval
 from setemb.index import SetIndex
+from tests.index.browser import Browser, chromium, serving
 
 SECTIONS = ("data", "recall", "by-name", "by-keyword", "by-picture", "slots", "training", "setup", "notice")
 
@@ -108,7 +109,7 @@ def test_the_index_finds_what_it_holds(out: Path, features: EmojiFeatures) -> No
     assert len(index) == 2 * len(features.emojis)
     assert index.ids[:2] == [f"{style}/{features.emojis[0].id}" for style in STYLES]
     rows = [0, 17, 399]
-    queries = torch.from_numpy(np.array(index.vectors[rows]))
+    queries = torch.stack([index.item(row).vectors for row in rows])
     assert index.search(queries, k=1).rows[:, 0].tolist() == rows
 
 
@@ -129,6 +130,82 @@ def test_search_answers_with_a_table_json_and_a_page(out: Path, tmp_path: Path) 
     page.feed((tmp_path / "found.html").read_text(encoding="utf-8"))
     assert page.images == 3
     assert page.open == []
+
+
+def test_a_picture_finds_itself(out: Path, features: EmojiFeatures, tmp_path: Path) -> None:
+    """Drawn at the size that features are made of, as a file: the model makes the same features of it."""
+    from PIL import Image
+
+    from setemb.data.emoji import render
+    from setemb.features import ImageFeatures
+    from setemb.model import SetEmbedder
+
+    pixels = render(features.emojis[8], STYLES[1], ImageFeatures.size)
+    Image.fromarray(pixels).save(tmp_path / "query.png")
+    index = SetIndex.load(out / "index")
+    assert index.model_folder is not None
+    model = SetEmbedder.from_pretrained(index.model_folder)
+    wanted = index.item(17).vectors
+    for image in (pixels, tmp_path / "query.png", Image.fromarray(pixels)):
+        torch.testing.assert_close(model.encode_image(image).embeddings[0], wanted, atol=1e-3, rtol=0)
+    command = ["search", "--index", str(out / "index"), "--image", str(tmp_path / "query.png")]
+    told = CliRunner().invoke(app, [*command, "-k", "1", "--json", "--html", str(tmp_path / "found.html")])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)[0]["results"][0]["id"] == f"{STYLES[1]}/{features.emojis[8].id}"
+    page = Page()
+    page.feed((tmp_path / "found.html").read_text(encoding="utf-8"))
+    assert page.images == 2, "what was asked and what was found"
+    assert page.open == []
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+def test_a_picture_chosen_in_a_browser_finds_itself(out: Path, features: EmojiFeatures, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    from PIL import Image
+
+    from setemb.data.emoji import render
+    from setemb.features import ImageFeatures
+
+    Image.fromarray(render(features.emojis[8], STYLES[1], ImageFeatures.size)).save(tmp_path / "query.png")
+    program = chromium()
+    assert program is not None
+    with serving(out / "index") as address, Browser(program, tmp_path / "profile") as page:
+        page.open(address)
+        page.choose(tmp_path / "query.png", "#image")
+        page.wait("document.querySelectorAll('#results .card').length === 12")
+        assert f"1. {features.emojis[8].name}" in page.value("document.querySelector('#results .card').innerText")
+        assert f"{STYLES[1]}/{features.emojis[8].id}" in page.value("document.querySelector('.card').innerText")
+        page.wait("document.querySelector('#asked img').naturalWidth === 224")
+        assert page.errors == []
+
+
+def test_pictures_of_any_form_are_read_whole(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from setemb.inputs import read_picture
+
+    wide = Image.new("RGBA", (200, 100), (255, 0, 0, 0))
+    wide.paste((0, 0, 255, 255), (0, 0, 100, 100))
+    wide.save(tmp_path / "whole.png")
+    pixels = read_picture(tmp_path / "whole.png", 64)
+    assert pixels.shape == (64, 64, 3)
+    assert pixels[32, 16].tolist() == [0, 0, 255], "the left half"
+    assert pixels[32, 50].tolist() == [255, 255, 255], "what is transparent is white"
+    assert pixels[4, 32].tolist() == [255, 255, 255], "so is what is beside it"
+    turned = Image.new("RGB", (100, 50), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    pixels = read_picture(tmp_path / "turned.jpg", 64)
+    assert pixels[2, 32, 1] < 50 and pixels[32, 2, 1] > 200
+    wide.convert("RGB").save(tmp_path / "query.ppm")
+    with pytest.raises(ValueError, match=r"query\.ppm is no picture that can be read: it is none of PNG, JPEG, WEBP"):
+        read_picture(tmp_path / "query.ppm", 64)
+    (tmp_path / "cut.png").write_bytes((Path(tmp_path / "whole.png")).read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"cut\.png is no picture that can be read"):
+        read_picture(tmp_path / "cut.png", 64)
+    with pytest.raises(ValueError, match="expected at most 50,000,000 pixels, got 10000 x 6000"):
+        read_picture(Image.new("1", (10_000, 6000)), 64)
 
 
 @pytest.mark.parametrize(

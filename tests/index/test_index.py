@@ -67,30 +67,54 @@ def test_sets_of_another_size_search_too(index: SetIndex) -> None:
     assert index.search(unit_sets(2, 7, 16, 3), k=3).rows.shape == (2, 3)
 
 
+def file_of(folder: Path, name: str) -> Path:
+    """A file of the index's only segment, or of the index itself."""
+    return folder / name if name == "index.json" else next(folder.glob(f"segment-*/{name}"))
+
+
+def same(found: SetIndex, expected: SetIndex) -> None:
+    assert found.ids == expected.ids
+    for row in range(len(expected)):
+        a, b = found.item(row), expected.item(row)
+        assert (a.id, a.meta) == (b.id, b.meta)
+        assert torch.equal(a.vectors, b.vectors)
+        assert np.array_equal(a.picture, b.picture) if b.picture is not None else a.picture is None
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_round_trip(index: SetIndex, folder: Path, verify: bool) -> None:
     loaded = SetIndex.load(folder, verify=verify)
-    assert isinstance(loaded.vectors, np.memmap) and isinstance(loaded.pictures, np.memmap)
-    assert np.array_equal(loaded.vectors, index.vectors) and np.array_equal(loaded.pictures, index.pictures)
-    assert loaded.ids == index.ids and loaded.meta == index.meta
-    assert (loaded.similarity, loaded.alpha) == ("smooth_chamfer", 8.0)
+    same(loaded, index)
+    assert (loaded.similarity, loaded.alpha, loaded.dtype) == ("smooth_chamfer", 8.0, "float32")
     queries = unit_sets(3, 4, 16, 5)
     assert torch.equal(loaded.search(queries).rows, index.search(queries).rows)
     assert sorted(p.name for p in folder.parent.iterdir()) == ["index"], "nothing is left beside"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is read from /proc: Linux only")
+def test_what_is_loaded_is_mapped_and_takes_no_memory(folder: Path) -> None:
+    """Shared and read-only: a private mapping that could be written counts as memory, and is refused when large."""
+    loaded = SetIndex.load(folder)
+    loaded.search(unit_sets(1, 4, 16, 3))
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    assert {Path(line[5]).name for line in lines} >= {"vectors.npy", "offsets.npy", "items.jsonl", "pictures.npy"}
+    assert {line[1] for line in lines} == {"r--s"}
 
 
 def test_float16_is_kept_and_searched(tmp_path: Path) -> None:
     items = unit_sets(20, 2, 8, 6).half()
     SetIndex(items, [str(i) for i in range(20)]).save(tmp_path / "half")
     loaded = SetIndex.load(tmp_path / "half")
-    assert loaded.vectors.dtype == np.float16
+    assert loaded.dtype == "float16"
+    assert np.load(file_of(tmp_path / "half", "vectors.npy")).dtype == np.float16
     assert loaded.search(items.float(), k=1).rows[:, 0].tolist() == list(range(20))
 
 
 def test_saving_replaces_an_index_and_nothing_else(index: SetIndex, folder: Path, tmp_path: Path) -> None:
     SetIndex(unit_sets(3, 4, 16, 7), ["x", "y", "z"]).save(folder)
     assert SetIndex.load(folder).ids == ["x", "y", "z"]
-    assert not (folder / "pictures.npy").exists()
+    assert not list(folder.glob("*/pictures.npy"))
+    assert len(list(folder.glob("segment-*"))) == 1
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="thesis exists and is not an index"):
@@ -108,30 +132,34 @@ def test_the_index_of_another_program_is_not_replaced(index: SetIndex, tmp_path:
     assert (tmp_path / "site" / "index.json").read_text() == '{"pages": []}'
 
 
-@pytest.mark.parametrize("name", ["vectors.npy", "items.jsonl", "pictures.npy", "index.json"])
+@pytest.mark.parametrize("name", ["vectors.npy", "items.jsonl", "offsets.npy", "pictures.npy", "index.json"])
 def test_a_file_cut_short_is_refused(folder: Path, name: str) -> None:
-    data = (folder / name).read_bytes()
+    path = file_of(folder, name)
+    data = path.read_bytes()
     for length in (0, 1, len(data) // 2, len(data) - 3):
-        (folder / name).write_bytes(data[:length])
+        path.write_bytes(data[:length])
         for verify in (True, False):
             with pytest.raises(ValueError, match=f"{name} was cut short or altered"):
                 SetIndex.load(folder, verify=verify)
 
 
-@pytest.mark.parametrize("name", ["vectors.npy", "items.jsonl", "pictures.npy"])
+@pytest.mark.parametrize("name", ["vectors.npy", "items.jsonl", "offsets.npy", "pictures.npy"])
 def test_an_altered_file_is_refused(folder: Path, name: str) -> None:
-    data = bytearray((folder / name).read_bytes())
+    path = file_of(folder, name)
+    data = bytearray(path.read_bytes())
     data[-2] ^= 1
-    (folder / name).write_bytes(data)
+    path.write_bytes(data)
+    SetIndex.load(folder)  # contents are not read
     with pytest.raises(ValueError, match=f"{name} was altered: its SHA-256 is [0-9a-f]+, expected [0-9a-f]+"):
-        SetIndex.load(folder)
+        SetIndex.load(folder, verify=True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"alpha": 9.0}, "was altered: its checksum"),
-        ({"version": 2}, "version 2, expected 'setemb-index' version 1"),
+        ({"version": 3}, "version 3, expected 'setemb-index' version 2"),
+        ({"version": 1}, "version 1, expected 'setemb-index' version 2; build the index again"),
         ({"format": "faiss"}, "format 'faiss'"),
     ],
 )
@@ -143,7 +171,7 @@ def test_an_altered_description_is_refused(folder: Path, change: dict[str, objec
 
 
 def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
-    (folder / "vectors.npy").unlink()
+    file_of(folder, "vectors.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"vectors\.npy is missing"):
         SetIndex.load(folder)
     shutil.rmtree(folder)
@@ -154,8 +182,17 @@ def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vectors": torch.zeros(3, 4)}, r"vectors must be .*\[n, K, D\], got float32 \[3, 4\]"),
-        ({"vectors": torch.zeros(3, 1, 4, dtype=torch.float64)}, "got float64"),
+        ({"vectors": torch.zeros(3, 4)}, r"vectors must be .*\[n, K, D\] .* got float32 \[3, 4\]"),
+        ({"vectors": torch.zeros(3, 1, 4, dtype=torch.int32)}, "got int32"),
+        ({"vectors": torch.zeros(3, 0, 4)}, r"with K, D >= 1, got float32 \[3, 0, 4\]"),
+        ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, int8, got 'float8'"),
+        ({"alpha": 0.0}, r"alpha must be a finite number > 0, got 0\.0"),
+        ({"alpha": float("nan")}, "alpha must be a finite number > 0, got nan"),
+        ({"mask": torch.ones(3, 2, dtype=torch.bool)}, r"mask must be bool \[3, 1\], got bool \[3, 2\]"),
+        ({"mask": torch.zeros(3, 1, dtype=torch.bool)}, "sets must hold a vector, that of 'a' has none"),
+        ({"vectors": torch.full((3, 1, 4), 7e4), "dtype": "float16"}, "row 0 .id 'a'. do not fit float16"),
+        ({"meta": [{}, {"x": object()}, {}]}, "meta of 'b' must be what JSON holds"),
+        ({"similarity": "cosine", "vectors": torch.zeros(3, 2, 4)}, '"cosine" compares sets of one vector, got 2'),
         ({"ids": ["a", "b"]}, r"ids must have 3 entries \(one a set\), got 2"),
         ({"ids": ["a", "b", "a"]}, "ids must differ, got 'a' more than once"),
         ({"meta": [{}]}, "meta must have 3 entries"),
@@ -178,9 +215,17 @@ def test_bad_queries_are_named(index: SetIndex) -> None:
         index.search(torch.zeros(2, 4, 16), block=-1)
 
 
-def test_vectors_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    vectors = torch.zeros(3, 1, 4)
-    vectors[1, 0, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"row 1 .id 'b'. is not"):
-        SetIndex(vectors, ["a", "b", "c"]).save(tmp_path / "index")
-    assert not (tmp_path / "index").exists()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_vectors_that_are_not_finite_are_refused(dtype: str) -> None:
+    for value in (torch.nan, torch.inf):
+        vectors = torch.zeros(3, 1, 4)
+        vectors[1, 0, 2] = value
+        with pytest.raises(ValueError, match=r"row 1 .id 'b'. are not"):
+            SetIndex(vectors, ["a", "b", "c"], dtype=dtype)
+
+
+def test_a_query_that_is_not_finite_is_named(index: SetIndex) -> None:
+    queries = unit_sets(4, 4, 16, 3)
+    queries[2, 1, 3] = torch.nan
+    with pytest.raises(ValueError, match="queries must be finite, query 2 is not"):
+        index.search(queries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,97 @@ def test_index_and_search_a_folder(collection: Path) -> None:
     assert "dev/" in (collection / "page.html").read_text()
 
 
+def test_a_picture_may_be_the_query_and_texts_the_answer(collection: Path) -> None:
+    """With features in a file, as this model takes them. What is asked is the best answer to itself."""
+    images, texts = collection / "images", collection / "texts"
+    for of, out in (("images", images), ("texts", texts)):
+        code, output = call("index", collection / "model", "--data", collection, "--out", out, "--of", of)
+        assert code == 0, output
+        assert f"{60 if of == 'texts' else 12} {of} in" in output
+    np.save(collection / "query.npy", np.load(collection / "dev_ims.npy")[7])
+    code, output = call(
+        "search", "--index", images, "--image", collection / "query.npy", "-k", "2", "--json", "thing 3"
+    )
+    assert code == 0, output
+    by_text, by_image = json.loads(output)
+    assert by_text["query"] == "thing 3"
+    assert by_image["query"] == str(collection / "query.npy")
+    assert by_image["results"][0]["id"] == "dev/7"
+    said = "a picture of thing 3, said 2 times"
+    code, output = call("search", "--index", texts, "--html", collection / "page.html", "--json", said)
+    assert code == 0, output
+    hits = json.loads(output)[0]["results"]
+    assert hits[0] == {"rank": 1, "score": hits[0]["score"], "row": 17, "id": "dev/3/2", "caption": said} | {
+        "image": "dev/3"
+    }
+    # the best answer is the query itself, so each slot matched itself
+    page = (collection / "page.html").read_text()
+    table = page[page.index('<table class="pairs">') : page.index("</table>")]
+    cells = re.findall(r"<td( class=\"best\")? style=\"--share: (\d+)%\">(-?[\d.]+)</td>", table)
+    assert len(cells) == 16
+    for i, (best, share, value) in enumerate(cells):
+        assert bool(best) == (i // 4 == i % 4)
+        assert float(value) == pytest.approx(1 if i // 4 == i % 4 else float(value))
+        assert int(share) == pytest.approx(max(0, 100 * float(value)), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give words to look for, or a picture with --image"),
+        (["--image", "absent.npy"], "No such file"),
+        (["--image", "absent.png"], "No such file"),
+        (["--image", "{folder}/dev_caps.txt"], "dev_caps.txt is no picture that can be read"),
+        (["--image", "{folder}/cube.npy"], "images: expected features [T, 8], got [12, 3, 8]"),
+        (["--image", "{folder}/dot.png"], "this model takes features of images, not pictures"),
+    ],
+)
+def test_bad_queries_are_one_sentence(collection: Path, arguments: list[str], message: str) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (3, 3)).save(collection / "dot.png")
+    np.save(collection / "cube.npy", np.load(collection / "dev_ims.npy"))
+    call("index", collection / "model", "--data", collection, "--out", collection / "index")
+    code, output = call("search", "--index", collection / "index", *(a.format(folder=collection) for a in arguments))
+    assert code == 2
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_one_query_in_one_line(collection: Path) -> None:
+    from setemb.index import SetIndex, embed_texts
+    from setemb.model import SetEmbedder
+
+    call("index", collection / "model", "--data", collection, "--out", collection / "index", "--dtype", "int8")
+    index, model = SetIndex.load(collection / "index"), SetEmbedder.from_pretrained(collection / "model")
+    assert index.dtype == "int8"
+    features = np.load(collection / "dev_ims.npy")
+    assert index.search(model.encode_image(features[5]), 1).ids == [["dev/5"]]
+    found = index.search(model.encode_image(list(features)), 1)
+    assert found.ids == [[f"dev/{i}"] for i in range(12)]
+    assert index.search(model.encode_image(features), 1).ids == found.ids
+    both = model.train().encode_text(["thing 3", "a picture"])
+    assert model.training and model.text_encoder.training, "it is as it was"
+    assert not both.embeddings.requires_grad
+    torch.testing.assert_close(model.encode_text("thing 3").embeddings, both.embeddings[:1])
+    assert torch.equal(embed_texts(model, ["thing 3", "a picture"]), both.embeddings)
+    uneven = model.encode_image([features[5], features[6][:2]]).embeddings
+    torch.testing.assert_close(uneven[1:], model.encode_image(torch.from_numpy(features[6][:2])).embeddings)
+    for call_, error, message in (
+        (lambda: model.encode_text([]), ValueError, "texts: expected at least one, got none"),
+        (lambda: embed_texts(model, []), ValueError, "texts: expected at least one, got none"),
+        (lambda: model.encode_text(["a", " "]), ValueError, "a text must not be empty"),
+        (lambda: model.encode_text([3]), TypeError, "texts: expected strings, got int"),  # type: ignore[list-item]
+        (lambda: model.encode_image([]), ValueError, "images: expected at least one, got none"),
+        (lambda: model.encode_image(3), TypeError, "images: expected files, pictures or features, got int"),
+        (lambda: model.encode_image(np.zeros((2, 9))), ValueError, r"images: expected features \[T, 8\], got \[2, 9\]"),
+        (lambda: model.encode_image(np.zeros((2, 8), int)), ValueError, "or a picture, uint8; got int64"),
+        (lambda: model.encode_image(np.zeros((2, 2, 3), np.uint8)), ValueError, "not pictures"),
+    ):
+        with pytest.raises(error, match=message):
+            call_()
+
+
 def test_the_index_holds_what_the_model_says(collection: Path) -> None:
     from setemb.index import SetIndex, embed_images
     from setemb.model import SetEmbedder
@@ -69,7 +161,8 @@ def test_the_index_holds_what_the_model_says(collection: Path) -> None:
     model = SetEmbedder.from_pretrained(collection / "model")
     expected = embed_images(model, np.load(collection / "dev_ims.npy"), batch_size=5)
     loaded = SetIndex.load(collection / "index")
-    torch.testing.assert_close(torch.from_numpy(np.array(loaded.vectors)), expected)
+    found = torch.stack([loaded.item(row).vectors for row in range(len(loaded))])
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_folder_of_something_else_is_not_overwritten(collection: Path) -> None:
@@ -81,7 +174,7 @@ def test_a_folder_of_something_else_is_not_overwritten(collection: Path) -> None
 
 def test_an_altered_index_is_one_sentence(collection: Path) -> None:
     call("index", collection / "model", "--data", collection, "--out", collection / "index")
-    path = collection / "index" / "vectors.npy"
+    (path,) = (collection / "index").glob("segment-*/vectors.npy")
     path.write_bytes(path.read_bytes()[:-7])
     code, output = call("search", "--index", collection / "index", "thing")
     assert code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def test_recall_meets_the_published_numbers(published, group):
     check_published_recall({k.removeprefix(f"{group}/"): v for k, v in arrays.items() if k.startswith(f"{group}/")})
 
 
-def test_ranks_by_group_are_those_of_sorting(monkeypatch):
+def test_ranks_by_group_are_those_of_sorting():
     generator = torch.Generator().manual_seed(0)
     images, captions = torch.randn(20, 2, 4, generator=generator), torch.randn(30, 3, 4, generator=generator)
     image_groups = torch.arange(20) % 8
@@ -208,10 +209,41 @@ def test_ranks_by_group_are_those_of_sorting(monkeypatch):
         for query, rank in enumerate(ranks):
             order = other[scores[query].argsort(descending=True)]
             assert rank == int((order == own[query]).nonzero()[0])  # everything before the first relevant one is not
-    monkeypatch.setattr("setemb.evaluation._KEEP_ELEMENTS", 0)
-    again = evaluate_retrieval(images, captions, image_groups=image_groups, caption_groups=caption_groups, block=3)
+    groups = {"image_groups": image_groups, "caption_groups": caption_groups}
+    again = evaluate_retrieval(images, captions, block=3, **groups)
     np.testing.assert_array_equal(again.image_ranks, report.image_ranks)
     np.testing.assert_array_equal(again.caption_ranks, report.caption_ranks)
+
+
+@pytest.mark.parametrize(("kind", "k"), [("smooth_chamfer", 4), ("max", 3), ("cosine", 1)])
+def test_ranks_by_name_are_those_by_function(kind, k):
+    generator = torch.Generator().manual_seed(1)
+    images, captions = torch.randn(20, k, 8, generator=generator), torch.randn(100, k, 8, generator=generator)
+    images, captions = (torch.nn.functional.normalize(sets.double(), dim=-1) for sets in (images, captions))
+    for folds in (None, 4):
+        named = evaluate_retrieval(images, captions, folds=folds, similarity=kind, alpha=5.0, block=7)
+        given = evaluate_retrieval(
+            images, captions, folds=folds, similarity=lambda x, y: set_similarity(x, y, kind, 5.0)
+        )
+        np.testing.assert_array_equal(named.image_ranks, given.image_ranks)
+        np.testing.assert_array_equal(named.caption_ranks, given.caption_ranks)
+        assert named == given
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_embeddings_may_be_mapped_from_files_that_must_not_be_written(tmp_path, dtype):
+    generator = torch.Generator().manual_seed(0)
+    images, captions = torch.randn(10, 4, 8, generator=generator), torch.randn(50, 4, 8, generator=generator)
+    mapped = []
+    for name, sets in (("images", images), ("captions", captions)):
+        np.save(tmp_path / f"{name}.npy", sets.numpy().astype(dtype))
+        mapped.append(np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = evaluate_retrieval(*mapped, folds=2, block=8)
+    exact = evaluate_retrieval(*(torch.from_numpy(np.array(sets, np.float32)) for sets in mapped), folds=2)
+    np.testing.assert_array_equal(found.image_ranks, exact.image_ranks)
+    np.testing.assert_array_equal(found.caption_ranks, exact.caption_ranks)
 
 
 def test_a_model_that_scores_all_alike_ranks_last():
@@ -247,6 +279,8 @@ def test_ranks_in_folds_stand_in_the_order_of_the_captions():
         ({"captions_per_image": 4}, "4 images with captions_per_image = 4 need 16 captions, got 20"),
         ({"folds": 3}, r"folds must divide the number of images \(4\), got 3"),
         ({"block": 0}, "block must be at least 1"),
+        ({"similarity": "euclid"}, "similarity must be one of"),
+        ({"alpha": 0.0}, "alpha: expected a finite number > 0"),
         ({"image_groups": torch.arange(4)}, "must be given together"),
         ({"image_groups": torch.arange(4), "caption_groups": torch.zeros(20)}, "caption_groups must be integers"),
         ({"image_groups": torch.arange(4), "caption_groups": torch.arange(20) // 10}, "image_groups: nothing .* row 2"),

@@ -1,0 +1,89 @@
+"""The best sets of each query in one segment, exactly; and of several segments or shards, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from setemb.index.segments import Segment
+from setemb.similarity import Similarity, set_similarity
+from setemb_kernels import set_topk
+
+BLOCK = 4096
+"""Sets compared at a time by other similarities than smooth_chamfer."""
+
+
+def best_of(
+    queries: Tensor,
+    query_mask: Tensor | None,
+    segment: Segment,
+    k: int,
+    similarity: Similarity,
+    alpha: float,
+    block: int | None,
+) -> tuple[Tensor, Tensor]:
+    """float32 values and int64 rows ``[Q, min(k, live)]`` of what is not deleted, equals by row.
+
+    More than k are looked for where some are deleted, and more again until enough are left: nothing is copied, and
+    a few deleted ones cost nothing.
+    """
+    n, wanted = len(segment.vectors), min(k, segment.live)
+    looked_for = min(n, k + min(len(segment.deleted), k))
+    while True:
+        if similarity == "max":
+            values, rows = _by_closest_pair(queries, query_mask, segment, looked_for, block or BLOCK)
+        else:  # of sets of one vector, cosine is smooth_chamfer
+            values, rows = set_topk(
+                queries,
+                segment.vectors,
+                looked_for,
+                alpha=alpha,
+                query_mask=query_mask,
+                gallery_mask=segment.mask,
+                gallery_scale=segment.scale,
+                chunk=block,
+            )
+        if len(segment.deleted) == 0:
+            return values, rows
+        gone = torch.from_numpy(np.isin(rows.numpy(), segment.deleted))
+        if looked_for == n or int((~gone).sum(1).min()) >= wanted:
+            order = gone.to(torch.int8).argsort(dim=1, stable=True)[:, :wanted]
+            return values.gather(1, order), rows.gather(1, order)
+        looked_for = min(n, 4 * looked_for)
+
+
+def _by_closest_pair(
+    queries: Tensor, query_mask: Tensor | None, segment: Segment, k: int, block: int
+) -> tuple[Tensor, Tensor]:
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(segment.vectors), block):
+            items, mask = segment.decoded(slice(start, start + block))
+            s = closest_pair(queries, query_mask, items, mask)
+            yield s, torch.arange(start, start + len(items)).expand(len(queries), -1)
+
+    return merged(parts(), k, len(queries))
+
+
+def closest_pair(x: Tensor, x_mask: Tensor | None, y: Tensor, y_mask: Tensor | None) -> Tensor:
+    """The similarity "max" of sets of which some vectors may be missing."""
+    if x_mask is None and y_mask is None:
+        return set_similarity(x, y, "max")
+    scores = (x.flatten(0, 1) @ y.flatten(0, 1).T).view(*x.shape[:2], *y.shape[:2])
+    if x_mask is not None:
+        scores.masked_fill_(~x_mask[:, :, None, None], -torch.inf)
+    if y_mask is not None:
+        scores.masked_fill_(~y_mask, -torch.inf)
+    return scores.amax((1, 3))
+
+
+def merged(parts: Iterator[tuple[Tensor, Tensor]], k: int, queries: int) -> tuple[Tensor, Tensor]:
+    """The k best of values and rows ``[Q, any]``; of equals those of an earlier part, and in one part the earlier."""
+    values, rows = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
+    for more, more_rows in parts:
+        values, rows = torch.cat([values, more], 1), torch.cat([rows, more_rows], 1)
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        values, rows = values[:, :k], rows.gather(1, order[:, :k])
+    return values, rows
