@@ -22,7 +22,12 @@ try:
 except ImportError as error:
     raise SystemExit(f'the command line needs {error.name}: pip install "setemb[train]"') from error
 
-_ELSEWHERE = {"index": "setemb.index_cli", "search": "setemb.index_cli", "demo": "setemb.demo.cli"}
+_ELSEWHERE = {
+    "index": "setemb.index_cli",
+    "search": "setemb.index_cli",
+    "demo": "setemb.demo.cli",
+    "data": "setemb.data_cli",
+}
 """Commands that another module's ``app`` holds; it is imported when the command, or the list of all, is asked for."""
 
 

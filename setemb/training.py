@@ -40,9 +40,12 @@ except ImportError as error:
 
 from setemb.accumulate import encode_in_parts
 from setemb.checkpoint import load_checkpoint, save_checkpoint, write_file
-from setemb.config import Config, DataConfig, LossConfig, from_dict, to_yaml
+from setemb.config import Config, DataConfig, ImageConfig, LossConfig, OptimizerConfig, from_dict, to_yaml
+from setemb.data.captioned import CaptionedImages
+from setemb.data.captions import Captions, FeatureCaptions, TokenCaptions, WordCaptions
+from setemb.data.folder import open_split
 from setemb.data.loader import RetrievalData, RetrievalDataModule, evaluation_loader
-from setemb.data.precomp import Captions, FeatureCaptions, PrecompDataset, TokenCaptions, WordCaptions
+from setemb.data.precomp import PrecompDataset
 from setemb.data.vocab import Vocabulary
 from setemb.evaluation import RecallReport, evaluate_retrieval
 from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
@@ -105,19 +108,8 @@ class RetrievalModule(pl.LightningModule):
                 self.log(f"dev/{way}/{name}", value, sync_dist=several)
 
     def configure_optimizers(self) -> Any:
-        config, model = self.config.optimizer, self.model
-        groups = [
-            (config.image_factor, model.image_encoder),
-            (config.text_factor, model.text_encoder),
-            (config.sets_factor, torch.nn.ModuleList([model.image_sets, model.text_sets])),
-        ]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in part.parameters() if p.requires_grad], "lr": config.lr * factor}
-                for factor, part in groups
-            ],
-            weight_decay=config.weight_decay,
-        )
+        config = self.config.optimizer
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, config), weight_decay=config.weight_decay)
         # Not trainer.estimated_stepping_batches, which starts the data loader before the step to resume at is known.
         total = self.config.trainer.epochs * self.steps_per_epoch
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -131,6 +123,27 @@ class RetrievalModule(pl.LightningModule):
             "config": asdict(self.config),
             "vocabulary": None if vocabulary is None else vocabulary.to_text(),
         }
+
+
+def parameter_groups(model: SetEmbedder, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """What is trained, each part with its own learning rate."""
+    inner = [
+        (config.backbone_factor, getattr(model.image_encoder, "backbone", None)),
+        (config.language_factor, getattr(model.text_encoder, "model", None)),
+    ]
+    parts = [
+        *((factor, part) for factor, part in inner if part is not None),
+        (config.image_factor, model.image_encoder),
+        (config.text_factor, model.text_encoder),
+        (config.sets_factor, torch.nn.ModuleList([model.image_sets, model.text_sets])),
+    ]
+    groups, taken = [], set[Tensor]()
+    for factor, part in parts:
+        own = [p for p in part.parameters() if p.requires_grad and p not in taken]
+        taken.update(own)
+        if own:
+            groups.append({"params": own, "lr": config.lr * factor})
+    return groups
 
 
 def retrieval_loss(
@@ -362,6 +375,7 @@ def fit(
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # StepBatches resumes by the step
         warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # what is frozen
         warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
         trainer.fit(RetrievalModule(config, model, data.steps_per_epoch), data, ckpt_path=last if resume else None)
     chosen = folder / "best.safetensors"
@@ -389,23 +403,25 @@ def load_model(path: str | Path) -> SetEmbedder:
     checkpoint = load_checkpoint(path)
     config = from_dict(Config, checkpoint["setemb"]["config"])
     words = checkpoint["setemb"]["vocabulary"]
-    model = SetEmbedder(config.model, None if words is None else Vocabulary.from_text(words))
+    vocabulary = None if words is None else Vocabulary.from_text(words)
+    model = SetEmbedder(config.model, vocabulary, pretrained=False)
     weights: Mapping[str, Tensor] = checkpoint["state_dict"]
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     return model.eval()
 
 
 def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> Path:
-    """`fit` on a folder of the precomputed format, with sizes and vocabulary taken from its training split."""
+    """`fit` on a folder of data (`setemb.data.folder`), with sizes and vocabulary taken from its training split."""
     settings = config.data
-    if not settings.dir:
-        raise ValueError("data.dir must name the folder with the data, got nothing")
-    settings.dir = str(Path(settings.dir).absolute())
-    train = PrecompDataset(settings.dir, settings.train_split, settings.region_drop, settings.captions_per_image)
-    dev = PrecompDataset(settings.dir, settings.dev_split)
+    if settings.dir:
+        settings.dir = str(Path(settings.dir).absolute())
+    train, dev = open_split(settings, settings.train_split, training=True), open_split(settings, settings.dev_split)
     pl.seed_everything(config.trainer.seed, verbose=False)
     vocabulary = None
-    config.model.image.dim_in = train.images.shape[2]
+    if isinstance(train, PrecompDataset):
+        config.model.image.dim_in = train.dim
+    for data in (train, dev):
+        check_fits(config.model.image, data, settings)
     if config.model.text.encoder == "bigru":
         vocabulary = Vocabulary.build(train.texts, settings.min_word_count)
         config.model.text.vocab_size = len(vocabulary)
@@ -422,24 +438,34 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
 def evaluate_precomp(
     path: str | Path, settings: DataConfig, split: str = "dev", folds: int | None = None
 ) -> RecallReport:
-    """Recall of a model (see `load_model`) on a split of a folder of the precomputed format."""
-    if not settings.dir:
-        raise ValueError("data.dir must name the folder with the data, got nothing")
+    """Recall of a model (see `load_model`) on a split of a folder of data (`setemb.data.folder`)."""
+    data = open_split(settings, split)
     model = load_model(path)
-    data = PrecompDataset(settings.dir, split)
-    if data.images.shape[2] != model.config.image.dim_in:
-        raise ValueError(
-            f"the model takes image features of size {model.config.image.dim_in}, "
-            f"{settings.dir} has {data.images.shape[2]}"
-        )
+    check_fits(model.config.image, data, settings)
     data.captions = captions_for(model, data.texts, settings)
     return evaluate_sets(model, encode_dataset(model, data, settings.batch_size), folds)
 
 
+def check_fits(image: ImageConfig, data: CaptionedImages, settings: DataConfig) -> None:
+    """Whether an image encoder takes such images.
+
+    Raises:
+        ValueError: it does not; naming both.
+    """
+    if image.encoder != data.kind:
+        raise ValueError(f"model.image.encoder takes {image.encoder}, {settings.dir} has {data.kind}")
+    if isinstance(data, PrecompDataset) and data.dim != image.dim_in:
+        raise ValueError(
+            f"the model takes image features of size {image.dim_in}, {settings.dir} has {data.dim} in its split "
+            f"{data.name!r}"
+        )
+
+
 def captions_for(model: SetEmbedder, texts: Sequence[str], settings: DataConfig) -> Captions:
     """Captions in the form that the model's text encoder takes."""
-    if isinstance(model.text_encoder, TransformerTextEncoder):
-        return TokenCaptions(texts, model.text_encoder.tokenize)
+    encoder = model.text_encoder
+    if isinstance(encoder, TransformerTextEncoder):
+        return TokenCaptions(texts, encoder.tokenize, settings.word_drop, encoder.mask_id, encoder.vocab_size)
     if model.vocabulary is not None:
         return WordCaptions(texts, model.vocabulary, settings.word_drop)
     return FeatureCaptions.cached(texts, model.config.text.source, settings.cache, settings.word_drop)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from setemb.data.precomp import FeatureCaptions, PrecompDataset, TokenCaptions, WordCaptions
+from setemb.data.captions import FeatureCaptions, TokenCaptions, WordCaptions
+from setemb.data.precomp import PrecompDataset
 from setemb.data.vocab import Vocabulary, words
 
 loader = pytest.importorskip("setemb.data.loader", reason="needs lightning", exc_type=ImportError)
@@ -146,7 +147,8 @@ def test_bad_files_are_named(tmp_path):
         PrecompDataset(tmp_path, "train")
     files(good, b"a\nb\nc\n")
     with pytest.raises(
-        ValueError, match=r"train_caps\.txt must hold a whole number of captions for each of 2 images, got 3"
+        ValueError,
+        match=r"train_caps\.txt must hold a whole number of captions for each of 2 images in train_ims\.npy, got 3",
     ):
         PrecompDataset(tmp_path, "train")
     files(good, b"a\nb\n \nd\n")

@@ -30,7 +30,7 @@ from setemb.accumulate import encode_in_parts
 from setemb.checkpoint import load_checkpoint, save_checkpoint
 from setemb.cli import app
 from setemb.config import LossConfig, load_config
-from setemb.data.precomp import FeatureCaptions
+from setemb.data.captions import FeatureCaptions
 from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss
 from setemb.model import SetEmbedder
 from setemb.training import (
