@@ -27,6 +27,7 @@ _ELSEWHERE = {
     "search": "setemb.index_cli",
     "demo": "setemb.demo.cli",
     "data": "setemb.data_cli",
+    "convert": "setemb.convert_cli",
 }
 """Commands that another module's ``app`` holds; it is imported when the command, or the list of all, is asked for."""
 

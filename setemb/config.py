@@ -49,6 +49,8 @@ class TextConfig:
     """Position encoding of the keys: sine or none."""
     vocab_size: int = 0
     """bigru: 0: as the data has."""
+    tokenizer: str = "words"
+    """bigru: words (runs of letters and digits) or treebank (punctuation as well, as the published code has them)."""
     dim_word: int = 300
     """bigru: features of a word embedding."""
     dim_in: int = 0
@@ -200,6 +202,7 @@ _CHOICES = {
     "model.image.pooling": ("max", "mean"),
     "model.text.pooling": ("max", "mean", "first"),
     "model.text.encoder": ("bigru", "features", "transformer"),
+    "model.text.tokenizer": ("words", "treebank"),
     "model.text.position": ("sine", "none"),
     "model.sets.padding": ("exact", "dive"),
     "data.format": ("auto", "precomp", "karpathy", "datasets"),

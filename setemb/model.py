@@ -135,8 +135,10 @@ class SetEmbedder(nn.Module):
         if found != FORMAT:
             raise ValueError(f"{path} has format {found!r}, expected {FORMAT}")
         contents = {name: _verified(folder / name, entry) for name, entry in listed.items()}
-        vocabulary = Vocabulary.from_text(contents["vocab.txt"].decode()) if "vocab.txt" in contents else None
-        model = cls(from_dict(ModelConfig, settings), vocabulary, pretrained=False)
+        config, vocabulary = from_dict(ModelConfig, settings), None
+        if "vocab.txt" in contents:
+            vocabulary = Vocabulary.from_text(contents["vocab.txt"].decode(), config.text.tokenizer)
+        model = cls(config, vocabulary, pretrained=False)
         try:
             model.load_state_dict(load(contents["model.safetensors"]))
         except (KeyError, RuntimeError) as error:

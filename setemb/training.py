@@ -403,7 +403,7 @@ def load_model(path: str | Path) -> SetEmbedder:
     checkpoint = load_checkpoint(path)
     config = from_dict(Config, checkpoint["setemb"]["config"])
     words = checkpoint["setemb"]["vocabulary"]
-    vocabulary = None if words is None else Vocabulary.from_text(words)
+    vocabulary = None if words is None else Vocabulary.from_text(words, config.model.text.tokenizer)
     model = SetEmbedder(config.model, vocabulary, pretrained=False)
     weights: Mapping[str, Tensor] = checkpoint["state_dict"]
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
@@ -423,7 +423,7 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
     for data in (train, dev):
         check_fits(config.model.image, data, settings)
     if config.model.text.encoder == "bigru":
-        vocabulary = Vocabulary.build(train.texts, settings.min_word_count)
+        vocabulary = Vocabulary.build(train.texts, settings.min_word_count, config.model.text.tokenizer)
         config.model.text.vocab_size = len(vocabulary)
     elif config.model.text.encoder == "features":
         features = FeatureCaptions.cached(train.texts, config.model.text.source, settings.cache)
