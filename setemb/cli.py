@@ -78,10 +78,10 @@ def train(
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print all settings of the recipe and stop.")] = False,
 ) -> None:
-    """Train a model on precomputed features and captions.
+    """Train a model on images and captions.
 
-    Shipped recipes: f8k-grid-minilm, f8k-grid-bigru. Give the data with data.dir=FOLDER; it holds
-    {train,dev}_ims.npy and {train,dev}_caps.txt.
+    Shipped recipes: the paper's {coco,f30k}-region-bigru, -region-bert, -resnet152-bigru and -resnext101-bert, and
+    f8k-grid-minilm, f8k-grid-bigru. Give the data with data.dir=FOLDER; setemb data check FOLDER says what it is.
     """
     from setemb.config import load_config, recipes, to_yaml
 

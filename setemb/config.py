@@ -53,6 +53,8 @@ class TextConfig:
     """bigru: words (runs of letters and digits) or treebank (punctuation as well, as the published code has them)."""
     dim_word: int = 300
     """bigru: features of a word embedding."""
+    word_vectors: str = ""
+    """bigru: a file of word vectors (GloVe's .txt, or .vec) that the embeddings start from; empty: at random."""
     dim_in: int = 0
     """features: of a token; 0: as the data has."""
     hidden: int = 0
@@ -127,6 +129,8 @@ class DataConfig:
     """Pixels a side of the crop that a picture becomes."""
     smallest_crop: float = 0.08
     """Least share of a picture's area that a crop has in training."""
+    whole_picture: bool = False
+    """In evaluation the whole picture becomes the square; else the square in its middle does."""
     check_pictures: bool = True
     """Look at the file of every picture before training."""
     cache: str = ""

@@ -46,11 +46,12 @@ from setemb.data.captions import Captions, FeatureCaptions, TokenCaptions, WordC
 from setemb.data.folder import open_split
 from setemb.data.loader import RetrievalData, RetrievalDataModule, evaluation_loader
 from setemb.data.precomp import PrecompDataset
+from setemb.data.vectors import read_vectors
 from setemb.data.vocab import Vocabulary
 from setemb.evaluation import RecallReport, evaluate_retrieval
 from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
-from setemb.modules import TransformerTextEncoder
+from setemb.modules import GRUTextEncoder, TransformerTextEncoder
 from setemb.processes import first, gathered_by_first, launched, place
 from setemb_kernels.distributed.ring import Ring
 
@@ -428,7 +429,9 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
     elif config.model.text.encoder == "features":
         features = FeatureCaptions.cached(train.texts, config.model.text.source, settings.cache)
         config.model.text.dim_in = features.states.shape[1]
-    model = SetEmbedder(config.model, vocabulary)
+    model = SetEmbedder(config.model, vocabulary, pretrained=not resume)
+    if vocabulary is not None and config.model.text.word_vectors and not resume:
+        start_at_vectors(model, vocabulary)
     for data in (train, dev):
         data.captions = captions_for(model, data.texts, settings)
     module = RetrievalDataModule(train, dev, settings.batch_size, config.trainer.seed, settings.workers)
@@ -444,6 +447,18 @@ def evaluate_precomp(
     check_fits(model.config.image, data, settings)
     data.captions = captions_for(model, data.texts, settings)
     return evaluate_sets(model, encode_dataset(model, data, settings.batch_size), folds)
+
+
+def start_at_vectors(model: SetEmbedder, vocabulary: Vocabulary) -> None:
+    """Sets the word embeddings to the vectors of ``config.text.word_vectors``; words without one stay as they are."""
+    text = model.config.text
+    weight = cast(GRUTextEncoder, model.text_encoder).embed.weight
+    vectors, found = read_vectors(text.word_vectors, vocabulary.words, text.dim_word)
+    if not found.any():
+        raise ValueError(f"{text.word_vectors} holds none of the {len(found)} words of the training captions")
+    with torch.no_grad():
+        weight[found] = vectors[found]
+    logging.getLogger(__name__).info("%d of %d words have vectors", int(found.sum()), len(found))
 
 
 def check_fits(image: ImageConfig, data: CaptionedImages, settings: DataConfig) -> None:

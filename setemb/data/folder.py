@@ -73,6 +73,7 @@ def open_split(settings: DataConfig, split: str, training: bool = False) -> Capt
     pictures: dict[str, Any] = {
         "size": settings.picture_size,
         "smallest_crop": settings.smallest_crop,
+        "whole_picture": settings.whole_picture,
         "caption_limit": settings.caption_limit,
         "captions_per_batch": drawn,
         "check": settings.check_pictures,

@@ -34,7 +34,8 @@ class HubDataset(CaptionedImages):
         split: a name of the data set's, or several joined by "+"; "dev" is also "validation" or "val".
         image_column: "": the only column of pictures.
         caption_column: name, or names joined by ","; "": the column of a usual name.
-        size, smallest_crop, caption_limit, captions_per_batch, check: as in `setemb.data.karpathy.KarpathyDataset`.
+        size, smallest_crop, whole_picture, caption_limit, captions_per_batch, check: as in
+            `setemb.data.karpathy.KarpathyDataset`.
 
     Raises:
         FileNotFoundError, ValueError: naming the split and the row.
@@ -50,11 +51,13 @@ class HubDataset(CaptionedImages):
         caption_column: str = "",
         size: int = 224,
         smallest_crop: float = 0.08,
+        whole_picture: bool = False,
         caption_limit: int = 0,
         captions_per_batch: int = 0,
         check: bool = True,
     ) -> None:
         pictures.check_size(size, smallest_crop)
+        self.whole_picture = whole_picture
         rows = select(open_splits(Path(folder)), split, folder)
         self.where = f"{folder}, split {split}"
         images, captions = columns(rows, image_column, caption_column, self.where)
@@ -71,7 +74,7 @@ class HubDataset(CaptionedImages):
             (cell,) = self.pictures[int(row)].values()
             where = f"{self.where}, row {row}: the picture"
             picture = pictures.decode(cell["bytes"] or cell["path"], where)
-            made.append(pictures.crop(picture, self.size, self.smallest_crop, rng))
+            made.append(pictures.crop(picture, self.size, self.smallest_crop, rng, self.whole_picture))
         return pictures.stacked(made)
 
 

@@ -45,7 +45,7 @@ class KarpathyDataset(CaptionedImages):
         split: a name of the file's, or several joined by "+" ("train+restval").
         images: folder of the pictures; None: found.
         size: pixels a side.
-        smallest_crop: of the training pictures; see `setemb.data.pictures.crop`.
+        smallest_crop, whole_picture: see `setemb.data.pictures.crop`.
         text: which form of the captions, "raw" or "tokens" (joined by blanks).
         caption_limit: captions of an image that exist, the first ones; 0: all. Flickr's images have 5, COCO's 5 to 7,
             of which published figures take 5.
@@ -65,12 +65,14 @@ class KarpathyDataset(CaptionedImages):
         images: str | Path | None = None,
         size: int = 224,
         smallest_crop: float = 0.08,
+        whole_picture: bool = False,
         text: str = "raw",
         caption_limit: int = 0,
         captions_per_batch: int = 0,
         check: bool = True,
     ) -> None:
         pictures.check_size(size, smallest_crop)
+        self.whole_picture = whole_picture
         self.path = index_path(Path(folder))
         chosen = select(read_index(self.path, text, caption_limit), split, self.path)
         self.root = Path(images) if images else find_pictures(self.path, [chosen])
@@ -86,7 +88,7 @@ class KarpathyDataset(CaptionedImages):
         for row in rows:
             path = self.root / self.names[row]
             picture = pictures.decode(path, f"{self.path}, image {self.rows[row]}: {path}")
-            made.append(pictures.crop(picture, self.size, self.smallest_crop, rng))
+            made.append(pictures.crop(picture, self.size, self.smallest_crop, rng, self.whole_picture))
         return pictures.stacked(made)
 
 

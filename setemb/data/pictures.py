@@ -41,17 +41,19 @@ def decode(file: str | Path | IO[bytes] | bytes, where: str) -> Any:
         raise ValueError(f"{where} cannot be read as a picture: {error}") from error
 
 
-def crop(picture: Any, size: int, smallest: float, rng: np.random.Generator | None) -> np.ndarray:
+def crop(picture: Any, size: int, smallest: float, rng: np.random.Generator | None, whole: bool = False) -> np.ndarray:
     """uint8 ``[3, size, size]``.
 
     In training (where there is an rng) a part of the picture: its area is a share of the whole, uniform in
     ``[smallest, 1]``, its aspect ratio log-uniform in [3/4, 4/3]; mirrored half of the time. Else the square in the
-    middle, `EVALUATION_CROP` of the short side.
+    middle, `EVALUATION_CROP` of the short side, or the ``whole`` picture, squeezed.
     """
     image = require("PIL.Image", "pictures")
     width, height = picture.size
     mirrored = False
-    if rng is None:
+    if rng is None and whole:
+        w, h, left, top = width, height, 0.0, 0.0
+    elif rng is None:
         w = h = EVALUATION_CROP * min(width, height)
         left, top = (width - w) / 2, (height - h) / 2
     else:
@@ -61,7 +63,7 @@ def crop(picture: Any, size: int, smallest: float, rng: np.random.Generator | No
         left, top = rng.uniform(0, 1, 2) * (width - w, height - h)
         mirrored = rng.random() < 0.5
     box = (left, top, min(width, left + w), min(height, top + h))
-    pixels = np.asarray(picture.resize((size, size), image.Resampling.BICUBIC, box=box))
+    pixels = np.asarray(picture.resize((size, size), image.Resampling.BILINEAR, box=box))
     return (pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1)
 
 

