@@ -147,9 +147,12 @@ def tell(text: str) -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Bad input is one sentence on stderr and exit status 2, not a traceback."""
+    """Bad input is one sentence on stderr and exit status 2, not a traceback; numbers that went wrong are status 1."""
     try:
         yield
+    except FloatingPointError as error:
+        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
     except (ValueError, TypeError, OSError, ImportError) as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error

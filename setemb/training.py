@@ -32,15 +32,32 @@ import setemb_kernels.distributed
 
 try:
     import lightning.pytorch as pl
-    from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-    from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.plugins import MixedPrecision
 except ImportError as error:
     raise ImportError('training needs lightning 2.6 or newer: pip install "setemb[train]"') from error
 
 from setemb.accumulate import encode_in_parts
-from setemb.checkpoint import load_checkpoint, save_checkpoint, write_file
-from setemb.config import Config, DataConfig, ImageConfig, LossConfig, OptimizerConfig, from_dict, to_yaml
+from setemb.callbacks import (
+    BestCheckpoint,
+    LastCheckpoint,
+    ProgressBar,
+    SafetensorsIO,
+    StopAtNonFinite,
+    WarnOfCollapse,
+)
+from setemb.checkpoint import load_checkpoint, remove_leftovers, write_file
+from setemb.config import (
+    Config,
+    DataConfig,
+    ImageConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    from_dict,
+    to_yaml,
+)
 from setemb.data.captioned import CaptionedImages
 from setemb.data.captions import Captions, FeatureCaptions, TokenCaptions, WordCaptions
 from setemb.data.folder import open_split
@@ -67,6 +84,14 @@ class RetrievalModule(pl.LightningModule):
         super().__init__()
         self.config, self.model, self.steps_per_epoch = config, model, steps_per_epoch
         self._dev: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.batch: Batch | None = None
+        """Of the step under way."""
+        self.losses: dict[str, Tensor] = {}
+        """Of the step under way, "loss" and its parts."""
+        self.seen: dict[str, float] = {}
+        """The same as numbers, as `setemb.callbacks` has seen them."""
+        self.sample: tuple[Tensor, Tensor] | None = None
+        """Sets of some images and captions of the step under way."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(step_seed(self.config.trainer.seed, place()[0], self.global_step))
@@ -84,10 +109,15 @@ class RetrievalModule(pl.LightningModule):
         if self.config.loss.mmd > 0:
             parts["mmd"] = mmd_loss(images.embeddings, texts.embeddings, distributed=True)
             loss = loss + self.config.loss.mmd * parts["mmd"]
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({f"loss/{name}": value.detach() for name, value in parts.items()})
+        self.batch, self.losses = batch, {name: v.detach() for name, v in {"loss": loss, **parts}.items()}
+        self.sample = images.embeddings[:32].detach().clone(), texts.embeddings[:160].detach().clone()
+        self.log("loss", self.losses["loss"], prog_bar=True)
+        self.log_dict({f"loss/{name}": self.losses[name] for name in parts})
         # Each process has its part of one gradient: they are to be added, and are averaged.
         return loss * self.trainer.world_size
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batch = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, texts = self.model.encode_image(batch), self.model.encode_text(batch)
@@ -245,61 +275,6 @@ def encode_dataset(
     return result
 
 
-class SafetensorsIO(CheckpointIO):
-    """Lightning's checkpoints as `setemb.checkpoint` writes them."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        save_checkpoint(checkpoint, path)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return load_checkpoint(path)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """``best.safetensors``: the epoch with the highest dev RSUM."""
-
-    FILE_EXTENSION = ".safetensors"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            folder, "best", monitor="dev/rsum", mode="max", enable_version_counter=False, save_on_train_epoch_end=False
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of a run whose folder was moved or copied, Lightning would forget the best so far."""
-
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
-
-
-class LastCheckpoint(Callback):
-    """``last.safetensors``: every ``every`` steps and at the end of each epoch, after its evaluation."""
-
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.every > 0 and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.path)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's, without the logger's version."""
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
-
-
 def fit(
     config: Config, model: SetEmbedder, data: RetrievalDataModule, folder: str | Path, resume: bool = False
 ) -> Path:
@@ -343,10 +318,12 @@ def fit(
     if first():
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "config.yaml", to_yaml(config).encode())
+        remove_leftovers(folder)
     start = load_checkpoint(last)["global_step"] if resume else 0
     best = BestCheckpoint(folder) if data.dev is not None else None
     callbacks: list[Callback] = [EMAWeightAveraging(decay=settings.ema_decay)] if settings.ema_decay > 0 else []
-    callbacks += [LastCheckpoint(last, settings.checkpoint_every)]
+    callbacks += [StopAtNonFinite(last), LastCheckpoint(last, settings.checkpoint_every)]
+    callbacks += [WarnOfCollapse(config.loss)] if config.loss.kind == "triplet" else []
     callbacks += [best] if best is not None else []
     callbacks += [ProgressBar()] if settings.progress else []
     trainer = pl.Trainer(
@@ -355,7 +332,6 @@ def fit(
         num_nodes=processes // here,
         strategy="auto" if processes == 1 else "ddp",
         sync_batchnorm=synchronised,
-        precision=cast(Any, settings.precision),
         max_epochs=settings.epochs,
         gradient_clip_val=settings.gradient_clip or None,
         check_val_every_n_epoch=settings.validate_every,
@@ -366,7 +342,7 @@ def fit(
             CSVLogger(folder, "metrics", f"from_step_{start}"),
             TensorBoardLogger(folder, "tensorboard", ""),
         ],
-        plugins=[SafetensorsIO()],
+        plugins=[SafetensorsIO(), *precision_plugins(settings)],
         enable_checkpointing=best is not None,
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
@@ -385,6 +361,17 @@ def fit(
     if processes > 1:
         torch.distributed.barrier()
     return folder / "model"
+
+
+def precision_plugins(settings: TrainerConfig) -> list[Any]:
+    """Autocast, and for float16 a scaler, on the device that trains.
+
+    Asked for float16 on a CPU by name, Lightning would take bfloat16 instead.
+    """
+    if settings.precision == "32":
+        return []
+    device = "cuda" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    return [MixedPrecision(cast(Any, settings.precision), device)]
 
 
 def load_model(path: str | Path) -> SetEmbedder:
