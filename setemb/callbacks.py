@@ -147,9 +147,9 @@ class WarnOfCollapse(Callback):
         self.said = True
         level = sum(self.losses) / len(self.losses)
         rank_zero_warn(
-            f"the training has collapsed: for {self.WINDOW} steps, to step {pl_module.global_step}, the loss has stayed "
-            f"at {level:.3f}, twice the margin, and similarities differ by {spread:.1g} alone. A longer warm-up "
-            f"(loss.warmup_epochs, now {self.config.warmup_epochs:g}), a smaller optimizer.lr or loss.hardest_fraction, "
+            f"the training has collapsed: for {self.WINDOW} steps, to step {pl_module.global_step}, the loss stayed at "
+            f"{level:.3f}, twice the margin, and similarities differ by {spread:.1g} alone. A longer warm-up "
+            f"(loss.warmup_epochs, now {self.config.warmup_epochs:g}), a smaller optimizer.lr or loss.hardest_fraction "
             "or loss.kind=info_nce avoid it"
         )
 
