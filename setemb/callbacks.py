@@ -89,10 +89,10 @@ class StopAtNonFinite(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        values = [value.double() for value in pl_module.losses.values()]
+        values = [value.float() for value in pl_module.losses.values()]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if scaler is None and gradients:
-            values.append(torch.stack(torch._foreach_norm(gradients)).sum().double())
+            values.append(torch.stack(torch._foreach_norm(gradients)).sum().float())
         numbers = torch.stack(values).tolist()  # one wait for the device
         pl_module.seen = dict(zip(pl_module.losses, numbers, strict=False))
         if not all(map(_finite, pl_module.seen.values())):

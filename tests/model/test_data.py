@@ -101,6 +101,21 @@ def test_training_batches_draw_regions_and_captions(tiny_precomp):
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 
 
+def test_captions_are_drawn_without_repetition_and_all_in_time(tiny_precomp):
+    data = precomp(tiny_precomp, captions_per_batch=2)
+
+    class Rows:
+        def batch(self, indices, rng):
+            self.seen = indices
+            return torch.zeros(len(indices), 1, dtype=torch.long), torch.ones(len(indices), 1, dtype=torch.bool)
+
+    data.captions, pairs = Rows(), set()
+    for seed in range(100):
+        data.batch([3], np.random.default_rng(seed))
+        pairs.add(tuple(data.captions.seen))
+    assert pairs == {(i, j) for i in range(15, 20) for j in range(15, 20) if i != j}
+
+
 def test_batches_are_a_function_of_seed_and_step(tiny_precomp):
     whole = list(loader.StepBatches(10, 3, seed=1, step=lambda: 0))
     assert [step for step, _ in whole] == [0, 1, 2]

@@ -74,6 +74,19 @@ def joined_batch(data: HubDataset, seed: int) -> torch.Tensor:
     return data.read(np.array([0, 6]), np.random.default_rng(seed))
 
 
+def test_batches_are_made_in_other_processes(tmp_path):
+    loader = pytest.importorskip("setemb.data.loader", reason="needs lightning", exc_type=ImportError)
+    data = HubDataset(save(tmp_path / "d", train=rows(8)), "train", size=8)
+    data.captions = WordCaptions(data.texts, Vocabulary.build(data.texts))
+    batches = [
+        list(loader.RetrievalDataModule(data, data, batch_size=4, seed=0, workers=workers).train_dataloader())
+        for workers in (0, 2)
+    ]
+    assert len(batches[0]) == 2
+    for ours, theirs in zip(*batches, strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_parquet_and_numbered_captions_are_read(tmp_path):
     columns = rows(3)
     columns |= {"caption_0": ["one", "two", "three"], "caption_1": ["un", "deux", "trois"]}

@@ -187,7 +187,7 @@ def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path, monkeypatc
     monkeypatch.setenv("COLUMNS", "200")
     data = f"data.dir={tiny_precomp}"
     for arguments, message in (
-        (["train"], "give either a recipe (emoji, f8k-grid-bigru"),
+        (["train"], "give either a recipe (coco-region-bert, coco-region-bigru"),
         (["train", "f8k-grid-bigru"], "data.dir must name the folder with the data"),
         (
             ["train", "f8k-grid-bigru", data, "loss.margn=1"],
