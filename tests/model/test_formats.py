@@ -164,7 +164,7 @@ def test_a_broken_file_or_folder_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"dataset_coco\.json was cut short or is no JSON: .*line 1 column"):
             KarpathyDataset(tmp_path, "train")
     for content, message in (
-        ('{"images": [{} {}]}', "is no JSON: Expecting ',' or ']'"),
+        (whole.replace('}, {"filepath"', '} {"filepath"', 1), "is no JSON: Expecting ',' or ']'"),
         ('{"a": 1 "images": []}', "is no JSON: Expecting ',' or '}'"),
         ("[]", "is no JSON: Expecting '{'"),
         ("{}", "lists no images"),
