@@ -125,6 +125,8 @@ class DataConfig:
     """datasets: empty: the only column of pictures."""
     caption_column: str = ""
     """datasets: one, or several joined by ","; empty: that of a usual name."""
+    group_column: str = ""
+    """datasets: rows that are equal here are one image with several captions; empty: each row is one."""
     picture_size: int = 224
     """Pixels a side of the crop that a picture becomes."""
     smallest_crop: float = 0.08

@@ -80,7 +80,8 @@ def open_split(settings: DataConfig, split: str, training: bool = False) -> Capt
     }
     if kind == "karpathy":
         return KarpathyDataset(settings.dir, split, settings.images or None, text=settings.caption_text, **pictures)
-    return HubDataset(settings.dir, split, settings.image_column, settings.caption_column, **pictures)
+    columns = settings.image_column, settings.caption_column, settings.group_column
+    return HubDataset(settings.dir, split, *columns, **pictures)
 
 
 @dataclass
@@ -209,12 +210,18 @@ def _look_datasets(folder: Path, settings: DataConfig, deep: bool, report: Repor
         except ValueError as error:
             report(error)
             continue
-        counts = np.array(
-            [len(own) for own in hub.read_captions(rows, captions, where, settings.caption_limit, report)]
-        )
+        texts, numbers = hub.read_captions(rows, captions, where, settings.caption_limit, report), None
+        if settings.group_column:
+            try:
+                numbers, texts = hub.grouped(rows, settings.group_column, texts, where, settings.caption_limit)
+            except ValueError as error:
+                report(error)
+                continue
+            rows, result.images = rows.select(numbers), len(numbers)
+        counts = np.array([len(own) for own in texts])
         result.captions = int(counts.sum())
         result.captions_per_image = (int(counts.min()), int(counts.max())) if len(counts) else None
-        hub.check_pictures(hub.encoded_pictures(rows, images), where, report, deep)
+        hub.check_pictures(hub.encoded_pictures(rows, images), where, report, deep, numbers)
 
 
 def _disk_use(folder: Path) -> int:

@@ -2,7 +2,8 @@
 with metadata, as `load_dataset` reads them.
 
 A row is an image: a column of pictures, and one of captions (a string, or a list of strings) or several
-(``caption_0``, ``caption_1``, ...).
+(``caption_0``, ``caption_1``, ...). Where a row is a caption and its picture, rows of one value in a third column are
+one image, whose picture is that of the first.
 
 Importing needs datasets and pillow: ``pip install "setemb[datasets]"``.
 """
@@ -34,6 +35,7 @@ class HubDataset(CaptionedImages):
         split: a name of the data set's, or several joined by "+"; "dev" is also "validation" or "val".
         image_column: "": the only column of pictures.
         caption_column: name, or names joined by ","; "": the column of a usual name.
+        group_column: rows that are equal here are one image; "": each row is one.
         size, smallest_crop, whole_picture, caption_limit, captions_per_batch, check: as in
             `setemb.data.karpathy.KarpathyDataset`.
 
@@ -49,6 +51,7 @@ class HubDataset(CaptionedImages):
         split: str,
         image_column: str = "",
         caption_column: str = "",
+        group_column: str = "",
         size: int = 224,
         smallest_crop: float = 0.08,
         whole_picture: bool = False,
@@ -62,9 +65,14 @@ class HubDataset(CaptionedImages):
         self.where = f"{folder}, split {split}"
         images, captions = columns(rows, image_column, caption_column, self.where)
         texts = read_captions(rows, captions, self.where, caption_limit)
-        self.pictures, self.size, self.smallest_crop = encoded_pictures(rows, images), size, smallest_crop
+        self.size, self.smallest_crop = size, smallest_crop
+        self.rows = np.arange(len(rows))
+        if group_column:
+            self.rows, texts = grouped(rows, group_column, texts, self.where, caption_limit)
+            rows = rows.select(self.rows)
+        self.pictures = encoded_pictures(rows, images)
         if check:
-            check_pictures(self.pictures, self.where, stop)
+            check_pictures(self.pictures, self.where, stop, rows=self.rows)
         counts = np.array([len(own) for own in texts])
         super().__init__(split, [text for own in texts for text in own], counts, captions_per_batch)
 
@@ -72,7 +80,7 @@ class HubDataset(CaptionedImages):
         made = []
         for row in rows:
             (cell,) = self.pictures[int(row)].values()
-            where = f"{self.where}, row {row}: the picture"
+            where = f"{self.where}, row {self.rows[row]}: the picture"
             picture = pictures.decode(cell["bytes"] or cell["path"], where)
             made.append(pictures.crop(picture, self.size, self.smallest_crop, rng, self.whole_picture))
         return pictures.stacked(made)
@@ -161,16 +169,39 @@ def read_captions(
     return result
 
 
+def grouped(
+    rows: Any, name: str, texts: list[list[str]], where: str, caption_limit: int = 0
+) -> tuple[np.ndarray, list[list[str]]]:
+    """The first row of each image, and its captions, in the order of the first rows.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if name not in rows.features:
+        raise ValueError(f"{where}: data.group_column must be one of {', '.join(rows.features)}; got {name}")
+    first: dict[Any, int] = {}
+    captions: dict[Any, list[str]] = {}
+    for row, (cells, own) in enumerate(zip(rows.select_columns([name]), texts, strict=True)):
+        first.setdefault(cells[name], row)
+        captions.setdefault(cells[name], []).extend(own)
+    return np.array(list(first.values())), [own[: caption_limit or None] for own in captions.values()]
+
+
 def encoded_pictures(rows: Any, name: str) -> Any:
     """The column of pictures alone, as files: ``bytes``, or else ``path``."""
     return rows.select_columns([name]).cast_column(name, require("datasets", "datasets").Image(decode=False))
 
 
-def check_pictures(rows: Any, where: str, report: Report, deep: bool = False) -> None:
-    """Each picture is there and looks whole; ``deep`` decodes it. Of a picture's bytes few are read."""
+def check_pictures(
+    column: Any, where: str, report: Report, deep: bool = False, rows: Sequence[int] | np.ndarray | None = None
+) -> None:
+    """Each picture is there and looks whole; ``deep`` decodes it. Of a picture's bytes few are read.
+
+    ``rows`` are the numbers to call them by.
+    """
     arrow = require("pyarrow", "datasets")
     row = 0
-    for batch in rows.with_format("arrow").iter(256):
+    for batch in column.with_format("arrow").iter(256):
         for cell in batch[0].combine_chunks():
             path, content = cell.get("path"), cell.get("bytes")
             wrong: str | None = "there is none"
@@ -183,5 +214,6 @@ def check_pictures(rows: Any, where: str, report: Report, deep: bool = False) ->
             except OSError as error:
                 wrong = f"{path}: {error.strerror}"
             if wrong is not None:
-                report(ValueError(f"{where}, row {row}: the picture: {wrong}"))
+                number = row if rows is None else rows[row]
+                report(ValueError(f"{where}, row {number}: the picture: {wrong}"))
             row += 1

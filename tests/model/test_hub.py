@@ -99,6 +99,29 @@ def test_parquet_and_numbered_captions_are_read(tmp_path):
     assert HubDataset(tmp_path, "train", caption_column="caption_1", size=8).texts == ["un", "deux", "trois"]
 
 
+def test_rows_of_one_picture_are_grouped(tmp_path):
+    columns = rows(5)
+    columns |= {"captions": [["a"], ["b"], ["c"], ["d", "e"], ["f"]], "id": [7, 3, 7, 3, 9]}
+    folder = save(tmp_path / "d", train=columns)
+    data = open_split(DataConfig(dir=str(folder), group_column="id", picture_size=8), "train")
+    assert (data.rows.tolist(), data.offsets.tolist()) == ([0, 1, 4], [0, 2, 5, 6])
+    assert data.texts == ["a", "c", "b", "d", "e", "f"]
+    assert HubDataset(folder, "train", group_column="id", caption_limit=2).texts == ["a", "c", "b", "d", "f"]
+    alone = HubDataset(folder, "train", size=8)
+    assert torch.equal(data.read(np.arange(3), None), alone.read(np.array([0, 1, 4]), None))
+    report = check_folder(folder, ["train"], settings=DataConfig(group_column="id"))
+    assert report.problems == [] and report.splits[0].images == 3 and report.splits[0].captions_per_image == (1, 3)
+    with pytest.raises(ValueError, match=r"data\.group_column must be one of picture, captions, id; got image"):
+        HubDataset(folder, "train", group_column="image")
+    assert len(check_folder(folder, ["train"], settings=DataConfig(group_column="image")).problems) == 1
+    columns["picture"][4] = {"bytes": b"", "path": None}
+    broken = save(tmp_path / "b", train=columns)
+    (found,) = check_folder(broken, ["train"], settings=DataConfig(group_column="id")).problems
+    assert "row 4: the picture: the file is empty" in found
+    with pytest.raises(ValueError, match="row 4: the picture: the file is empty"):
+        HubDataset(broken, "train", group_column="id")
+
+
 def test_columns_that_are_not_clear_are_named(tmp_path):
     folder = save(tmp_path / "a", train=rows(2))
     for options, message in (
