@@ -1,4 +1,4 @@
-"""The command line: ``setemb train | eval | index | search | demo``."""
+"""The command line: ``setemb train | eval | index | search | demo | data | convert``."""
 
 from __future__ import annotations
 

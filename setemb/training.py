@@ -401,8 +401,9 @@ def load_model(path: str | Path) -> SetEmbedder:
 def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> Path:
     """`fit` on a folder of data (`setemb.data.folder`), with sizes and vocabulary taken from its training split."""
     settings = config.data
-    if settings.dir:
-        settings.dir = str(Path(settings.dir).absolute())
+    for name in ("dir", "images"):  # a run may be resumed from another folder
+        if getattr(settings, name):
+            setattr(settings, name, str(Path(getattr(settings, name)).absolute()))
     train, dev = open_split(settings, settings.train_split, training=True), open_split(settings, settings.dev_split)
     pl.seed_everything(config.trainer.seed, verbose=False)
     vocabulary = None

@@ -111,10 +111,12 @@ def test_parts_have_their_own_learning_rates(timm):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_training_from_raw_pictures(timm, tmp_path, frozen):
-    write_karpathy(tmp_path / "data", {"train": 24, "restval": 8, "val": 8, "test": 8})
+def test_training_from_raw_pictures(timm, tmp_path, monkeypatch, frozen):
+    write_karpathy(tmp_path / "data", {"train": 24, "restval": 8, "val": 8, "test": 8}, pictures="../elsewhere")
+    monkeypatch.chdir(tmp_path)
     settings = [
-        f"data.dir={tmp_path / 'data'}",
+        "data.dir=data",
+        "data.images=elsewhere",
         "data.train_split=train+restval",
         "data.batch_size=8",
         "data.picture_size=16",
@@ -129,6 +131,9 @@ def test_training_from_raw_pictures(timm, tmp_path, frozen):
     ]
     config = load_config(TINY, settings)
     model = load_model(train_precomp(config, tmp_path / "run"))
+    monkeypatch.chdir("/")
+    again = load_config(tmp_path / "run" / "config.yaml", ["trainer.epochs=9"])
+    train_precomp(again, tmp_path / "run", resume=True)
     rows = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert sum(rows[-4:]) < 0.95 * sum(rows[:4])
     torch.manual_seed(0)
