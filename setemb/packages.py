@@ -14,6 +14,8 @@ def require(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise _missing(error.name or name, extra) from error
+    except (OSError, RuntimeError) as error:  # a package that was built for another torch
+        raise ImportError(f"the package {name.partition('.')[0]!r} does not work here: {error}") from error
 
 
 def package_folder(name: str, extra: str) -> Path:

@@ -32,22 +32,43 @@ import setemb_kernels.distributed
 
 try:
     import lightning.pytorch as pl
-    from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-    from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.plugins import MixedPrecision
 except ImportError as error:
     raise ImportError('training needs lightning 2.6 or newer: pip install "setemb[train]"') from error
 
 from setemb.accumulate import encode_in_parts
-from setemb.checkpoint import load_checkpoint, save_checkpoint, write_file
-from setemb.config import Config, DataConfig, LossConfig, from_dict, to_yaml
+from setemb.callbacks import (
+    BestCheckpoint,
+    LastCheckpoint,
+    ProgressBar,
+    SafetensorsIO,
+    StopAtNonFinite,
+    WarnOfCollapse,
+)
+from setemb.checkpoint import load_checkpoint, remove_leftovers, write_file
+from setemb.config import (
+    Config,
+    DataConfig,
+    ImageConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    from_dict,
+    to_yaml,
+)
+from setemb.data.captioned import CaptionedImages
+from setemb.data.captions import Captions, FeatureCaptions, TokenCaptions, WordCaptions
+from setemb.data.folder import open_split
 from setemb.data.loader import RetrievalData, RetrievalDataModule, evaluation_loader
-from setemb.data.precomp import Captions, FeatureCaptions, PrecompDataset, TokenCaptions, WordCaptions
+from setemb.data.precomp import PrecompDataset
+from setemb.data.vectors import read_vectors
 from setemb.data.vocab import Vocabulary
 from setemb.evaluation import RecallReport, evaluate_retrieval
 from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
-from setemb.modules import TransformerTextEncoder
+from setemb.modules import GRUTextEncoder, TransformerTextEncoder
 from setemb.processes import first, gathered_by_first, launched, place
 from setemb.similarity import Similarity
 from setemb_kernels.distributed.ring import Ring
@@ -64,6 +85,14 @@ class RetrievalModule(pl.LightningModule):
         super().__init__()
         self.config, self.model, self.steps_per_epoch = config, model, steps_per_epoch
         self._dev: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.batch: Batch | None = None
+        """Of the step under way."""
+        self.losses: dict[str, Tensor] = {}
+        """Of the step under way, "loss" and its parts."""
+        self.seen: dict[str, float] = {}
+        """The same as numbers, as `setemb.callbacks` has seen them."""
+        self.sample: tuple[Tensor, Tensor] | None = None
+        """Sets of some images and captions of the step under way."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(step_seed(self.config.trainer.seed, place()[0], self.global_step))
@@ -81,10 +110,15 @@ class RetrievalModule(pl.LightningModule):
         if self.config.loss.mmd > 0:
             parts["mmd"] = mmd_loss(images.embeddings, texts.embeddings, distributed=True)
             loss = loss + self.config.loss.mmd * parts["mmd"]
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({f"loss/{name}": value.detach() for name, value in parts.items()})
+        self.batch, self.losses = batch, {name: v.detach() for name, v in {"loss": loss, **parts}.items()}
+        self.sample = images.embeddings[:32].detach().clone(), texts.embeddings[:160].detach().clone()
+        self.log("loss", self.losses["loss"], prog_bar=True)
+        self.log_dict({f"loss/{name}": self.losses[name] for name in parts})
         # Each process has its part of one gradient: they are to be added, and are averaged.
         return loss * self.trainer.world_size
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batch = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, texts = self.model.encode_image(batch), self.model.encode_text(batch)
@@ -106,19 +140,8 @@ class RetrievalModule(pl.LightningModule):
                 self.log(f"dev/{way}/{name}", value, sync_dist=several)
 
     def configure_optimizers(self) -> Any:
-        config, model = self.config.optimizer, self.model
-        groups = [
-            (config.image_factor, model.image_encoder),
-            (config.text_factor, model.text_encoder),
-            (config.sets_factor, torch.nn.ModuleList([model.image_sets, model.text_sets])),
-        ]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in part.parameters() if p.requires_grad], "lr": config.lr * factor}
-                for factor, part in groups
-            ],
-            weight_decay=config.weight_decay,
-        )
+        config = self.config.optimizer
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, config), weight_decay=config.weight_decay)
         # Not trainer.estimated_stepping_batches, which starts the data loader before the step to resume at is known.
         total = self.config.trainer.epochs * self.steps_per_epoch
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -132,6 +155,27 @@ class RetrievalModule(pl.LightningModule):
             "config": asdict(self.config),
             "vocabulary": None if vocabulary is None else vocabulary.to_text(),
         }
+
+
+def parameter_groups(model: SetEmbedder, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """What is trained, each part with its own learning rate."""
+    inner = [
+        (config.backbone_factor, getattr(model.image_encoder, "backbone", None)),
+        (config.language_factor, getattr(model.text_encoder, "model", None)),
+    ]
+    parts = [
+        *((factor, part) for factor, part in inner if part is not None),
+        (config.image_factor, model.image_encoder),
+        (config.text_factor, model.text_encoder),
+        (config.sets_factor, torch.nn.ModuleList([model.image_sets, model.text_sets])),
+    ]
+    groups, taken = [], set[Tensor]()
+    for factor, part in parts:
+        own = [p for p in part.parameters() if p.requires_grad and p not in taken]
+        taken.update(own)
+        if own:
+            groups.append({"params": own, "lr": config.lr * factor})
+    return groups
 
 
 def retrieval_loss(
@@ -233,61 +277,6 @@ def encode_dataset(
     return result
 
 
-class SafetensorsIO(CheckpointIO):
-    """Lightning's checkpoints as `setemb.checkpoint` writes them."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        save_checkpoint(checkpoint, path)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return load_checkpoint(path)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """``best.safetensors``: the epoch with the highest dev RSUM."""
-
-    FILE_EXTENSION = ".safetensors"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            folder, "best", monitor="dev/rsum", mode="max", enable_version_counter=False, save_on_train_epoch_end=False
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of a run whose folder was moved or copied, Lightning would forget the best so far."""
-
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
-
-
-class LastCheckpoint(Callback):
-    """``last.safetensors``: every ``every`` steps and at the end of each epoch, after its evaluation."""
-
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.every > 0 and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.path)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's, without the logger's version."""
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
-
-
 def fit(
     config: Config, model: SetEmbedder, data: RetrievalDataModule, folder: str | Path, resume: bool = False
 ) -> Path:
@@ -331,10 +320,12 @@ def fit(
     if first():
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "config.yaml", to_yaml(config).encode())
+        remove_leftovers(folder)
     start = load_checkpoint(last)["global_step"] if resume else 0
     best = BestCheckpoint(folder) if data.dev is not None else None
     callbacks: list[Callback] = [EMAWeightAveraging(decay=settings.ema_decay)] if settings.ema_decay > 0 else []
-    callbacks += [LastCheckpoint(last, settings.checkpoint_every)]
+    callbacks += [StopAtNonFinite(last), LastCheckpoint(last, settings.checkpoint_every)]
+    callbacks += [WarnOfCollapse(config.loss)] if config.loss.kind == "triplet" else []
     callbacks += [best] if best is not None else []
     callbacks += [ProgressBar()] if settings.progress else []
     trainer = pl.Trainer(
@@ -343,7 +334,6 @@ def fit(
         num_nodes=processes // here,
         strategy="auto" if processes == 1 else "ddp",
         sync_batchnorm=synchronised,
-        precision=cast(Any, settings.precision),
         max_epochs=settings.epochs,
         gradient_clip_val=settings.gradient_clip or None,
         check_val_every_n_epoch=settings.validate_every,
@@ -354,7 +344,7 @@ def fit(
             CSVLogger(folder, "metrics", f"from_step_{start}"),
             TensorBoardLogger(folder, "tensorboard", ""),
         ],
-        plugins=[SafetensorsIO()],
+        plugins=[SafetensorsIO(), *precision_plugins(settings)],
         enable_checkpointing=best is not None,
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
@@ -364,6 +354,7 @@ def fit(
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # StepBatches resumes by the step
         warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # what is frozen
         warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
         trainer.fit(RetrievalModule(config, model, data.steps_per_epoch), data, ckpt_path=last if resume else None)
     chosen = folder / "best.safetensors"
@@ -372,6 +363,17 @@ def fit(
     if processes > 1:
         torch.distributed.barrier()
     return folder / "model"
+
+
+def precision_plugins(settings: TrainerConfig) -> list[Any]:
+    """Autocast, and for float16 a scaler, on the device that trains.
+
+    Asked for float16 on a CPU by name, Lightning would take bfloat16 instead.
+    """
+    if settings.precision == "32":
+        return []
+    device = "cuda" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    return [MixedPrecision(cast(Any, settings.precision), device)]
 
 
 def load_model(path: str | Path) -> SetEmbedder:
@@ -391,30 +393,35 @@ def load_model(path: str | Path) -> SetEmbedder:
     checkpoint = load_checkpoint(path)
     config = from_dict(Config, checkpoint["setemb"]["config"])
     words = checkpoint["setemb"]["vocabulary"]
-    model = SetEmbedder(config.model, None if words is None else Vocabulary.from_text(words))
+    vocabulary = None if words is None else Vocabulary.from_text(words, config.model.text.tokenizer)
+    model = SetEmbedder(config.model, vocabulary, pretrained=False)
     weights: Mapping[str, Tensor] = checkpoint["state_dict"]
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     return model.eval()
 
 
 def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> Path:
-    """`fit` on a folder of the precomputed format, with sizes and vocabulary taken from its training split."""
+    """`fit` on a folder of data (`setemb.data.folder`), with sizes and vocabulary taken from its training split."""
     settings = config.data
-    if not settings.dir:
-        raise ValueError("data.dir must name the folder with the data, got nothing")
-    settings.dir = str(Path(settings.dir).absolute())
-    train = PrecompDataset(settings.dir, settings.train_split, settings.region_drop, settings.captions_per_image)
-    dev = PrecompDataset(settings.dir, settings.dev_split)
+    for name in ("dir", "images"):  # a run may be resumed from another folder
+        if getattr(settings, name):
+            setattr(settings, name, str(Path(getattr(settings, name)).absolute()))
+    train, dev = open_split(settings, settings.train_split, training=True), open_split(settings, settings.dev_split)
     pl.seed_everything(config.trainer.seed, verbose=False)
     vocabulary = None
-    config.model.image.dim_in = train.images.shape[2]
+    if isinstance(train, PrecompDataset):
+        config.model.image.dim_in = train.dim
+    for data in (train, dev):
+        check_fits(config.model.image, data, settings)
     if config.model.text.encoder == "bigru":
-        vocabulary = Vocabulary.build(train.texts, settings.min_word_count)
+        vocabulary = Vocabulary.build(train.texts, settings.min_word_count, config.model.text.tokenizer)
         config.model.text.vocab_size = len(vocabulary)
     elif config.model.text.encoder == "features":
         features = FeatureCaptions.cached(train.texts, config.model.text.source, settings.cache)
         config.model.text.dim_in = features.states.shape[1]
-    model = SetEmbedder(config.model, vocabulary)
+    model = SetEmbedder(config.model, vocabulary, pretrained=not resume)
+    if vocabulary is not None and config.model.text.word_vectors and not resume:
+        start_at_vectors(model, vocabulary)
     for data in (train, dev):
         data.captions = captions_for(model, data.texts, settings)
     module = RetrievalDataModule(train, dev, settings.batch_size, config.trainer.seed, settings.workers)
@@ -424,31 +431,53 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
 def evaluate_precomp(
     path: str | Path, settings: DataConfig, split: str = "dev", folds: int | None = None
 ) -> RecallReport:
-    """Recall of a model (see `load_model`) on a split of a folder of the precomputed format."""
+    """Recall of a model (see `load_model`) on a split of a folder of data (`setemb.data.folder`)."""
     return evaluate_sets(*encode_precomp(path, settings, split), folds)
 
 
 def encode_precomp(
     path: str | Path, settings: DataConfig, split: str
 ) -> tuple[SetEmbedder, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """The model (see `load_model`), and what it makes of a split of a folder of the precomputed format."""
-    if not settings.dir:
-        raise ValueError("data.dir must name the folder with the data, got nothing")
+    """The model (see `load_model`), and what it makes of a split of a folder of data."""
+    data = open_split(settings, split)
     model = load_model(path)
-    data = PrecompDataset(settings.dir, split)
-    if data.images.shape[2] != model.config.image.dim_in:
-        raise ValueError(
-            f"the model takes image features of size {model.config.image.dim_in}, "
-            f"{settings.dir} has {data.images.shape[2]}"
-        )
+    check_fits(model.config.image, data, settings)
     data.captions = captions_for(model, data.texts, settings)
     return model, encode_dataset(model, data, settings.batch_size)
 
 
+def start_at_vectors(model: SetEmbedder, vocabulary: Vocabulary) -> None:
+    """Sets the word embeddings to the vectors of ``config.text.word_vectors``; words without one stay as they are."""
+    text = model.config.text
+    weight = cast(GRUTextEncoder, model.text_encoder).embed.weight
+    vectors, found = read_vectors(text.word_vectors, vocabulary.words, text.dim_word)
+    if not found.any():
+        raise ValueError(f"{text.word_vectors} holds none of the {len(found)} words of the training captions")
+    with torch.no_grad():
+        weight[found] = vectors[found]
+    logging.getLogger(__name__).info("%d of %d words have vectors", int(found.sum()), len(found))
+
+
+def check_fits(image: ImageConfig, data: CaptionedImages, settings: DataConfig) -> None:
+    """Whether an image encoder takes such images.
+
+    Raises:
+        ValueError: it does not; naming both.
+    """
+    if image.encoder != data.kind:
+        raise ValueError(f"model.image.encoder takes {image.encoder}, {settings.dir} has {data.kind}")
+    if isinstance(data, PrecompDataset) and data.dim != image.dim_in:
+        raise ValueError(
+            f"the model takes image features of size {image.dim_in}, {settings.dir} has {data.dim} in its split "
+            f"{data.name!r}"
+        )
+
+
 def captions_for(model: SetEmbedder, texts: Sequence[str], settings: DataConfig) -> Captions:
     """Captions in the form that the model's text encoder takes."""
-    if isinstance(model.text_encoder, TransformerTextEncoder):
-        return TokenCaptions(texts, model.text_encoder.tokenize)
+    encoder = model.text_encoder
+    if isinstance(encoder, TransformerTextEncoder):
+        return TokenCaptions(texts, encoder.tokenize, settings.word_drop, encoder.mask_id, encoder.vocab_size)
     if model.vocabulary is not None:
         return WordCaptions(texts, model.vocabulary, settings.word_drop)
     return FeatureCaptions.cached(texts, model.config.text.source, settings.cache, settings.word_drop)

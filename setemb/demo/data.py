@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from setemb.data.captions import FeatureCaptions
 from setemb.data.emoji import STYLES, Emoji, load_emoji, normalize, render_all
-from setemb.data.precomp import FeatureCaptions
 from setemb.features import ArrayCache, ImageFeatures, TextFeatures, with_context
 
 THUMBNAIL = 72

