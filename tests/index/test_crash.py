@@ -105,12 +105,18 @@ def test_killed_while_it_makes_the_first(processes: Any, tmp_path: Path) -> None
 
 def test_killed_at_any_moment(processes: Any, folder: Path) -> None:
     """Whatever the moment, the folder opens, and the next writer goes on."""
+    for _ in range(2):  # the first waits for the server
+        start = time.monotonic()
+        process = processes.Process(target=crash.change, args=(folder, "build"))
+        process.start()
+        process.join(60)
+        once = time.monotonic() - start  # how long a process and one change take here
     rng = random.Random(0)
     revisions = []
     for _ in range(40):
         process = processes.Process(target=crash.writes_for_ever, args=(folder,))
         process.start()
-        time.sleep(rng.uniform(0.005, 0.25))
+        time.sleep(once * rng.uniform(0.3, 4))
         process.kill()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
