@@ -65,7 +65,7 @@ def test_dry_run(tmp_path: Path) -> None:
         # bfloat16 on both sides, where a value may differ by a rounding: 2^-8
         assert line["difference"] == {"eager": 0.0, ours: pytest.approx(0, abs=2**-6)}, line["row"]
     shown = run.stdout.strip().splitlines()
-    assert len(shown) < 40 and all(key in run.stdout for key in table_rows)
+    assert len(shown) < 45 and all(key in run.stdout for key in table_rows)
     assert shown[-1] == f"all numbers: {path}"
 
 
@@ -75,7 +75,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert run.stdout.startswith("make gpu: this torch sees no CUDA device")
+    assert run.stdout.splitlines()[-1].startswith("make gpu: this torch sees no CUDA device")
     assert not list(tmp_path.iterdir())
 
 
@@ -202,6 +202,7 @@ def test_a_kernel_that_ends_the_process_costs_one_figure(tmp_path: Path) -> None
         with lines.open("a") as file:
             if len(commands) == 1:
                 file.write(json.dumps({"ceilings": {"a": 1.0}, "clock": "events"}) + "\n")
+                file.write(json.dumps({"plan": [["op", "never"]]}) + "\n")
                 file.write(
                     json.dumps({"row": "one", "phase": "plain", "milliseconds": {"product": 1.0}, "spread": {}}) + "\n"
                 )
@@ -221,11 +222,12 @@ def test_a_kernel_that_ends_the_process_costs_one_figure(tmp_path: Path) -> None
     run = gpu_run(tmp_path, answer)
     stage = Stage("benchmarks")
     run.benchmarks(stage, 60.0)
-    assert stage.status == "failed" and stage.detail == "2 of 2 rows"
+    assert stage.status == "failed" and stage.detail == "2 of 3 rows"
     assert stage.data == {"ended_the_process": ["two cuda: exit 3: illegal memory access"]}
     assert len(commands) == 2
     assert commands[1][-3:] == ["--skip", "two", "cuda"]
-    one, two = run.run.content["rows"]
+    one, two, never = run.run.content["rows"]
+    assert never == {"row": "op never", "op": "op", "name": "never", "failed": {"all": "no time left"}}
     assert one["failed"] == {"compiled": "no time left"}
     assert two["milliseconds"] == {"product": 2.0, "compiled": 9.0, "product, again": 2.5}
     assert two["spread"] == {"product": 0.1, "compiled": 0.2}

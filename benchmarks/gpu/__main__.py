@@ -175,9 +175,13 @@ class GpuRun:
     def collect(self, lines: Path) -> None:
         """What the measuring process has written so far, both passes of a row as one."""
         rows: dict[str, dict[str, Any]] = {}
+        planned: dict[str, dict[str, Any]] = {}
         for line in read_lines(lines):
             if "ceilings" in line:
                 self.run.content["ceilings"], self.run.content["clock"] = line["ceilings"], line["clock"]
+            for op, name in line.get("plan", ()):
+                key = f"{op} {name}"
+                planned[key] = {"row": key, "op": op, "name": name, "failed": {"all": "no time left"}}
             if "row" not in line:
                 continue
             phase = line.pop("phase")
@@ -195,6 +199,7 @@ class GpuRun:
                 "compiled" if phase == "compiled" and name == "all" else name: why
                 for name, why in line.get("failed", {}).items()
             }
+        rows |= {key: row for key, row in planned.items() if key not in rows}
         self.run.content["rows"] = list(rows.values())
         self.run.content["clocks"]["after"] = next(
             (row["clocks"] for row in reversed(list(rows.values())) if row.get("clocks")), {}

@@ -59,8 +59,9 @@ class Bench:
         self.cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
 
     def run(self, table: Iterable[Row]) -> None:
-        """Both passes, and the largest batch between them."""
+        """Both passes, and the largest batch between them; first a line that names all rows."""
         table = list(table)
+        self.write({"plan": [[row.op, row.name] for row in table]})
         for phase in ("plain", "compiled"):
             for row in table:
                 if (row.key, phase) in self.done or (phase == "compiled" and row.compiled is None):

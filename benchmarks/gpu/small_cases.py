@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from benchmarks.gpu.implementations import absent, ours
-from setemb_kernels import slot_attention, smooth_chamfer
+from setemb_kernels import set_triplet_loss, slot_attention, smooth_chamfer
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SETS = ((5, 7, 4, 4, 24), (3, 2, 3, 5, 33))  # N, M, K, L, D
@@ -22,6 +22,8 @@ def sets(device: str, dtype: torch.dtype, N: int, M: int, K: int, L: int, D: int
     x_mask, y_mask = (torch.rand(*size, device=device) < 0.7 for size in ((N, K), (M, L)))
     s = smooth_chamfer(x, y, x_mask=x_mask, y_mask=y_mask)
     s.backward(torch.randn_like(s))
+    x_group, y_group = (torch.arange(n, device=device) % 3 for n in (N, M))
+    set_triplet_loss(x, y, x_group=x_group, y_group=y_group).backward()
 
 
 def slots(device: str, dtype: torch.dtype, B: int, H: int, K: int, T: int, D: int) -> None:

@@ -111,6 +111,7 @@ class Run:
         stage.seconds = round(self._now() - start, 1)
         self.content["stages"].append({k: v for k, v in asdict(stage).items() if v not in ("", {})})
         self.write()
+        print(f"{name}: {stage.status}, {stage.seconds} s", flush=True)
         return stage
 
     def write(self) -> None:

@@ -63,6 +63,20 @@ def test_slot_attention(case: slot_cases.Case, dtype: torch.dtype) -> None:
     slot_cases.check(slots, case, dtype, DEVICE)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("name", ["paper", "odd sizes", "masks"])
+def test_hardest_negatives(name: str, grouped: bool) -> None:
+    """Those that sorting the same kernels' similarities gives."""
+    i = {case.name: case for case in set_cases.CASES}[name].build(torch.float32, DEVICE)
+    x, y = (torch.arange(n, device=DEVICE) % (3 if grouped else n) for n in i.grad.shape)
+    s = smooth_chamfer.forward(*i[:5]).masked_fill(x[:, None] == y, -torch.inf)
+    for got, negatives in zip(smooth_chamfer.hardest(*i[:5], x, y), (s, s.T), strict=True):
+        best = negatives.amax(1)
+        assert torch.equal(got.value, best)
+        first = (negatives == best[:, None]).int().argmax(1)
+        assert torch.equal(got.who, torch.where(best.isfinite(), first, -1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ["smooth_chamfer", "slot_attention"])
 def test_the_same_bits_each_time(op: str, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def test_some_cases() -> None:
-    which = "same_bits or masks- or bias- or sliced- or keys"
+    which = "same_bits or hardest or masks- or bias- or sliced- or keys"
     options = ["-q", "-p", "no:cacheprovider", "tests/kernels/cuda/gpu_cases.py", "-k", which]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options], cwd=CSRC.parents[1], capture_output=True, text=True, check=False

@@ -1,0 +1,66 @@
+"""The rows of `make gpu`: what they count is what their code does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu.rows import Row, rows
+
+QUICK = list(rows("cpu", quick=True))
+FULL = list(rows("cuda", quick=False))
+
+
+def size_of(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("row", QUICK, ids=lambda row: row.key)
+def test_operations_are_those_of_the_products(row: Row) -> None:
+    call = row.product(row.make())
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == row.operations
+    assert row.operations % row.products == 0
+
+
+@pytest.mark.parametrize("row", QUICK, ids=lambda row: row.key)
+def test_bytes_are_those_of_inputs_and_results(row: Row) -> None:
+    inputs = row.make()
+    if row.op == "smooth_chamfer":
+        x, y, upstream, _ = inputs
+        out = row.ours(inputs)()
+        expected = size_of(x, y, out) if upstream is None else size_of(x, y, upstream, *out)
+    elif row.op == "slot_attention":
+        q, k, v, grad, _ = inputs
+        out = row.ours(inputs)()
+        # the backward reads the update as well
+        expected = size_of(q, k, v, out) if torch.is_tensor(out) else size_of(q, k, v, grad, grad, *out)
+    elif row.op == "set_topk":
+        _, gallery, scale = inputs
+        expected = size_of(gallery, *([] if scale is None else [scale]))  # queries and results are nothing beside it
+    else:
+        x, y = inputs
+        expected = 2 * size_of(x, y)
+    assert row.bytes == expected
+
+
+@pytest.mark.parametrize("row", QUICK, ids=lambda row: row.key)
+def test_inputs_are_fresh(row: Row) -> None:
+    first, second = row.make(), row.make()
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            assert not torch.equal(a, b) and a.any()
+
+
+def test_each_row_at_full_size_has_a_quick_one() -> None:
+    """The dry run runs the code of all."""
+    kinds = [
+        {(row.op, row.name.split(" ")[0] if row.op != "set_topk" else row.products) for row in t} for t in (QUICK, FULL)
+    ]
+    assert kinds[0] == kinds[1]
+    assert {"smooth_chamfer", "slot_attention", "set_topk"} < {row.op for row in FULL}
+    assert "forward 8192x8192 K4 D1024 bfloat16" in {row.name for row in FULL}
+    assert len({row.key for row in FULL}) == len(FULL)
