@@ -1,4 +1,4 @@
-"""What `test_triton` runs in a process of its own: the losses, made of tiles from the Triton kernels.
+"""What `test_triton` runs in a process of its own: the losses and search, made of tiles from the Triton kernels.
 
 On a GPU these serve anyway. Interpreted, they take the place of the compiled kernels of the CPU, for this process.
 """
@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 pytest.importorskip("triton")
 
+from setemb_kernels import set_rank, set_topk
+from setemb_kernels.ops.smooth_chamfer import mixed, reference
 from setemb_kernels.ops.smooth_chamfer import triton as backend
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
 from tests.kernels.losses.cases import CASES, LOSSES, Case, check, cut_finely
@@ -31,6 +34,7 @@ def triton_serves() -> Iterator[None]:
             patch.setattr(backend, name, counted(getattr(backend, name)))
         if DEVICE == "cpu":
             library.impl("smooth_chamfer", forward, "CPU", allow_override=True)
+            library.impl("smooth_chamfer_mixed", mixed._decoded, "CPU", allow_override=True)
             library.impl("smooth_chamfer_backward", lambda *args: backend.backward(*args), "CPU", allow_override=True)
         yield
 
@@ -70,3 +74,23 @@ def test_many_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = calls
     check(LOSSES[name], next(case for case in CASES if case.name == "masks"), DTYPES[-1], DEVICE)
     assert calls - before >= 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=lambda dtype: str(dtype)[6:])
+def test_search(dtype: torch.dtype) -> None:
+    """Values to float32's digits; each set is nearest to itself."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (normalize(torch.randn(n, k, 24, generator=generator), dim=-1) for n, k in ((9, 4), (70, 3)))
+    scale = y.abs().amax(2) / 127 if dtype == torch.int8 else None
+    stored = y.to(dtype) if scale is None else (y / scale[..., None]).round().to(dtype)
+    decoded = stored.double() if scale is None else stored.double() * scale[..., None].double()
+    s = reference.forward(x.double(), decoded, torch.tensor(16.0), None, None)
+    before = calls
+    scales = None if scale is None else scale.to(DEVICE)
+    found = set_topk(x.to(DEVICE), stored.to(DEVICE), 7, gallery_scale=scales, chunk=32)
+    assert calls > before
+    torch.testing.assert_close(found.values.cpu().double(), s.topk(7).values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(s.gather(1, found.indices.cpu()), found.values.cpu().double(), rtol=1e-6, atol=1e-6)
+    own, ids = x.to(DEVICE), torch.arange(9, device=DEVICE)
+    ranks = set_rank(own, own, x_group=ids, y_group=ids, chunk=4)
+    assert not ranks.x.any() and not ranks.y.any()
