@@ -62,16 +62,28 @@ def test_topk(benchmark: BenchmarkFixture, gallery: str) -> None:
         assert hits >= 0.95, hits
 
 
-def test_one_query(benchmark: BenchmarkFixture) -> None:
-    """One query, 1,000,000 sets: bound by reading the gallery, 1 GiB."""
+@pytest.mark.parametrize("gallery", ["bfloat16", "int8"])
+def test_one_query(benchmark: BenchmarkFixture, gallery: str, tmp_path: Path) -> None:
+    """One query, 1,000,000 sets in a mapped file: bound by reading the gallery, 1 GiB or half of it."""
     query = unit_sets(1, 4, 128, torch.bfloat16, "cpu").float()
-    gallery = torch.cat([unit_sets(50_000, 4, 128, torch.bfloat16, "cpu") for _ in range(20)])
-    words = gallery.view(torch.int64).flatten()
-    row = Row("set_topk", "1 query x 1,000,000 bfloat16 K4 D128 k10 cpu", 2.0, "one read of the gallery")
+    dtype, width = {"bfloat16": (torch.bfloat16, 2), "int8": (torch.int8, 1)}[gallery]
+    scales = []
+    with (tmp_path / "gallery").open("wb") as file:
+        for _ in range(20):
+            part = unit_sets(50_000, 4, 128, torch.bfloat16, "cpu")
+            if gallery == "int8":
+                part, scale = codes_of(part.float())
+                scales.append(scale)
+            file.write(part.view(torch.uint8).numpy().data)
+    size = 4_000_000 * 128 * width
+    mapped = torch.from_file(str(tmp_path / "gallery"), shared=True, size=size, dtype=torch.uint8)
+    words, sets = mapped.view(torch.int64), mapped.view(dtype).view(1_000_000, 4, 128)
+    stored = {"gallery_scale": torch.cat(scales)} if scales else {}
+    row = Row("set_topk", f"1 query x 1,000,000 {gallery}, mapped, K4 D128 k10 cpu", 2.0, "one read of the gallery")
     measure(
         benchmark,
         row,
-        ours=lambda: set_topk(query, gallery, 10),
+        ours=lambda: set_topk(query, sets, 10, **stored),
         floor=lambda: words.sum(),
         peers={},
         operations=2.0 * 4 * 4_000_000 * 128,

@@ -189,7 +189,8 @@ class _Search:
         self.x, self.y, self.x_mask, self.y_mask, self.y_scale = x, y, x_mask, y_mask, y_scale
         self.alpha = _check.sharpness("alpha", alpha, x.device)
         self.rows = chunk or CHUNK
-        self.columns = chunk or min(max(CHUNK, CHUNK * CHUNK // max(len(x), 1)), LONGEST)
+        long = min(max(CHUNK, CHUNK * CHUNK // max(len(x), 1)), LONGEST)
+        self.columns = chunk or (long if y.device == x.device else CHUNK)  # else a tile's sets are copied
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """All tiles, rows outermost."""
