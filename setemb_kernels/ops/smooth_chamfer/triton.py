@@ -369,7 +369,7 @@ def _alpha_gradient(parts: Tensor, exponents: Tensor, alpha: Tensor) -> Tensor:
 
 
 def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool = False) -> Iterator[_triton.Build]:
-    """Every kernel that forward and backward launch for such sets on such a chip."""
+    """Every kernel that forward and backward launch for such sets on such a chip; with masks, for a wide result."""
     slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
     group = max(1, 16 // slots_x)
     limit = torch.finfo(dtype).max
@@ -381,18 +381,23 @@ def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool 
     yield _build(kernels.unpack_kernel, dtype, layout, {})
     for shifted in (False, True):
         config = forward_config(K, L, D, dtype, arch, shifted)
-        yield _build(kernels.forward_kernel, dtype, {**shared, "SHIFTED": shifted, "LIMIT": limit}, config.launch())
+        constants = {**shared, "SHIFTED": shifted, "LIMIT": limit}
+        yield _build(kernels.forward_kernel, dtype, constants, config.launch(), wide=masked)
         for need_alpha in (False, True)[: 1 + shifted]:
             config = backward_config(K, L, D, dtype, arch, shifted)
             constants = {**shared, "SHIFTED": shifted, "NEED_CHUNK": True, "NEED_ALPHA": need_alpha, "stride_m": 1}
-            yield _build(kernels.weights_kernel, dtype, constants, config.launch())
+            yield _build(kernels.weights_kernel, dtype, constants, config.launch(), wide=masked)
 
 
-def _build(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any]) -> _triton.Build:
+def _build(
+    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any], wide: bool = False
+) -> _triton.Build:
     name = _triton.NAMES[dtype]
     types = {"mask": "*i1", "valid": "*i8", "x_valid": "*i8", "y_valid": "*i8", "exponents": "*i32", "alpha": "fp32"}
     types |= dict.fromkeys(("stats", "x_stats", "y_stats", "x_peak", "y_peak", "alpha_parts"), "*fp32")
     types |= dict.fromkeys(("v", "x", "y", "out", "grad", "chunk"), f"*{name}")
+    if wide:
+        types |= {"out": "*fp32", "grad": "*fp32"}
     types["packed"] = "*fp32" if kernel is kernels.unpack_kernel else f"*{name}"
     if launch.get("BULK"):
         for key, rows in (("x", "ROWS"), ("y", "COLUMNS")):
