@@ -116,7 +116,9 @@ def train(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run's folder, a saved model's folder or a checkpoint file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[data.KEY=VALUE]...", help="data.dir=...")] = None,
-    split: Annotated[str, typer.Option(help="Which split to evaluate.")] = "dev",
+    split: Annotated[
+        str | None, typer.Option(help="Which split to evaluate.  [default: the run's dev split]", show_default=False)
+    ] = None,
     folds: Annotated[int | None, typer.Option(help="Mean over so many contiguous parts (5 for COCO 1K).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     eccv: Annotated[
@@ -130,18 +132,23 @@ def evaluate(
         typer.Option(help="With --eccv, also PMRP: the folder with pm_*.json.", show_default=False),
     ] = None,
 ) -> None:
-    """Evaluate a model: R@1, R@5, R@10 and ranks, both ways."""
+    """Evaluate a model: R@1, R@5, R@10 and ranks, both ways.
+
+    Of a run, its data and settings are those of training, changed by data.KEY=VALUE.
+    """
     with usage_errors():
         from setemb.checkpoint import write_file
-        from setemb.config import load_config
-        from setemb.training import encode_precomp, evaluate_sets
+        from setemb.training import encode_precomp, evaluate_sets, evaluation_settings, load_trained
 
         for override in overrides or []:
             if not override.startswith("data."):
                 raise ValueError(f"eval takes data.KEY=VALUE settings alone, got {override!r}")
         if pmrp is not None and not eccv:
             raise ValueError("--pmrp goes with --eccv")
-        embedder, parts = encode_precomp(model, load_config(None, overrides or []).data, split)
+        embedder, trained = load_trained(model)
+        settings = evaluation_settings(embedder, trained, overrides or [])
+        split = split or settings.dev_split
+        embedder, parts = encode_precomp(embedder, settings, split)
         report = evaluate_sets(embedder, parts, folds)
         figures = {"split": split, **report.to_dict()}
         if eccv:

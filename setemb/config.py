@@ -29,6 +29,10 @@ class ImageConfig:
     """pictures: do not train the backbone."""
     cell_drop: float = 0.0
     """pictures: share of the cells left out in training."""
+    picture_size: int = 0
+    """pictures: pixels a side that the model looks at; 0: as data.picture_size says."""
+    whole_picture: bool = False
+    """pictures: as data.whole_picture says."""
     dim_in: int = 0
     """Features of a region or grid cell; 0: as the data has."""
     hidden: int = 0
@@ -227,8 +231,10 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, changed by a recipe (a shipped one's name, or a YAML file), changed by ``key=value`` overrides.
+def load_config(recipe: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, changed by a recipe, changed by ``key=value`` overrides.
+
+    A recipe is a shipped one's name, a YAML file, or nested mappings of settings.
 
     Raises:
         ValueError: no such recipe, an unknown key (the nearest known one is suggested), a value of the wrong type or
@@ -236,7 +242,7 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ())
     """
     layers: list[Mapping[str, Any]] = []
     if recipe is not None:
-        layers.append(_read_recipe(recipe))
+        layers.append(recipe if isinstance(recipe, Mapping) else _read_recipe(recipe))
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"an override must read key=value, got {override!r}")

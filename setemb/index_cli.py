@@ -165,21 +165,36 @@ def _emoji(model: SetEmbedder, cache: Path | None, of: str) -> Iterator[tuple[An
 
 
 def _precomp(model: SetEmbedder, folder: str, split: str, of: str) -> Iterator[tuple[Any, ...]]:
-    """The images of a split of the precomputed format with their captions, or the captions with their images' ids."""
-    from setemb.data.precomp import PrecompDataset
-    from setemb.index import embed_images, embed_texts
+    """The images of a split of a folder of data, of any format, with their captions; or captions with images' ids."""
+    from dataclasses import replace
 
-    data, at_once = PrecompDataset(folder, split), 128
-    each = data.captions_per_image
+    import numpy as np
+    import torch
+
+    from setemb.config import DataConfig
+    from setemb.data.folder import open_split
+    from setemb.index import embed_texts
+    from setemb.training import check_fits, evaluation_settings
+
+    at_once = 128
     if of == "texts":
+        data = open_split(DataConfig(dir=folder, check_pictures=False), split)
+        owners = np.arange(len(data)).repeat(np.diff(data.offsets))
         for start in range(0, len(data.texts), at_once):
             texts = data.texts[start : start + at_once]
             for row, (text, one) in enumerate(zip(texts, embed_texts(model, texts), strict=True), start):
-                yield f"{split}/{row // each}/{row % each}", one, {"caption": text, "image": f"{split}/{row // each}"}
+                image = f"{split}/{owners[row]}"
+                yield f"{image}/{row - data.offsets[owners[row]]}", one, {"caption": text, "image": image}
         return
+    settings = replace(evaluation_settings(model, None), dir=folder)
+    data = open_split(settings, split)
+    check_fits(model.config.image, data, settings)
     for start in range(0, len(data), at_once):
-        for row, one in enumerate(embed_images(model, data.images[start : start + at_once]), start):
-            yield f"{split}/{row}", one, {"captions": data.texts[row * each : (row + 1) * each]}
+        images = data.read(np.arange(start, min(start + at_once, len(data))), None)
+        with torch.inference_mode():
+            sets = model.encode_image({"images": images}).embeddings
+        for row, one in enumerate(sets, start):
+            yield f"{split}/{row}", one, {"captions": data.texts[data.offsets[row] : data.offsets[row + 1]]}
 
 
 def _table(result: Mapping[str, Any]) -> Table:

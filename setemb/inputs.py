@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from setemb.data import pictures
 from setemb.packages import require
 
 if TYPE_CHECKING:
@@ -57,11 +58,13 @@ def text_batch(model: SetEmbedder, texts: str | Sequence[str]) -> dict[str, Tens
 def image_batch(model: SetEmbedder, images: Picture | Sequence[Picture]) -> dict[str, Tensor]:
     """``images`` and ``image_mask`` of `setemb.model.Batch`.
 
-    Pictures want a model that says what makes features of them (``model.image.source``); others take features alone.
+    A model with the image encoder "pictures" takes pictures alone, cropped as in evaluation. Of the others those that
+    say what makes features of pictures (``model.image.source``) take both, the rest features alone.
 
     Raises:
         FileNotFoundError: no such file.
-        TypeError, ValueError: no image, something that is none, or features of another size than the model's.
+        TypeError, ValueError: no image, something that is none or that the model does not take, or features of another
+            size than the model's.
     """
     several = isinstance(images, (list, tuple))
     if isinstance(images, (Tensor, np.ndarray)):
@@ -69,6 +72,9 @@ def image_batch(model: SetEmbedder, images: Picture | Sequence[Picture]) -> dict
     images = list(images) if several else [images]
     if not images:
         raise ValueError("images: expected at least one, got none")
+    device = next(model.parameters()).device
+    if model.config.image.encoder == "pictures":
+        return {"images": _crops(model, images).to(device)}
     read = [_features_or_pixels(image) for image in images]
     pixels = {i: value for i, value in enumerate(read) if value.dtype == np.uint8}
     if pixels:
@@ -87,7 +93,6 @@ def image_batch(model: SetEmbedder, images: Picture | Sequence[Picture]) -> dict
     rows = [torch.from_numpy(value.astype(np.float32)) for value in read]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    device = next(model.parameters()).device
     batch = {"images": padded.to(device)}
     return batch if mask.all() else batch | {"image_mask": mask.to(device)}
 
@@ -99,6 +104,17 @@ def read_picture(source: Any, size: int) -> np.ndarray:
         FileNotFoundError: no such file.
         ValueError: it is no picture, or too large a one.
     """
+    # a large photograph is read at a fraction of its size
+    upright = _opened(source, 2 * size).convert("RGBA")
+    Image, ImageOps = require("PIL.Image", "demo"), require("PIL.ImageOps", "demo")
+    upright = ImageOps.contain(upright, (size, size), Image.Resampling.BICUBIC)
+    page = Image.new("RGBA", (size, size), "white")
+    page.alpha_composite(upright, ((size - upright.width) // 2, (size - upright.height) // 2))
+    return np.asarray(page.convert("RGB"))
+
+
+def _opened(source: Any, draft: int = 0) -> Any:
+    """A Pillow image, upright, of 8 bits; errors as in `read_picture`. ``draft``: at least so many pixels will do."""
     Image, ImageOps = require("PIL.Image", "demo"), require("PIL.ImageOps", "demo")
     unidentified = require("PIL", "demo").UnidentifiedImageError
     name = str(source) if isinstance(source, (str, Path)) else "the picture"
@@ -106,51 +122,69 @@ def read_picture(source: Any, size: int) -> np.ndarray:
         opened = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got {opened.width} x {opened.height}")
-        # a large photograph is read at a fraction of its size
-        opened.draft("RGB", (2 * size, 2 * size))
-        upright = ImageOps.exif_transpose(opened).convert("RGBA")
+        if draft:
+            opened.draft("RGB", (draft, draft))
+        upright = ImageOps.exif_transpose(opened)
     except (FileNotFoundError, ValueError):
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         why = "it is none of " + ", ".join(FORMATS) if isinstance(error, unidentified) else str(error)
         raise ValueError(f"{name} is no picture that can be read: {why}") from error
-    upright = ImageOps.contain(upright, (size, size), Image.Resampling.BICUBIC)
-    page = Image.new("RGBA", (size, size), "white")
-    page.alpha_composite(upright, ((size - upright.width) // 2, (size - upright.height) // 2))
-    return np.asarray(page.convert("RGB"))
+    try:
+        return pictures.eight_bits(upright)
+    except ValueError as error:
+        raise ValueError(f"{name} is no picture that can be read: {error}") from error
+
+
+def _crops(model: SetEmbedder, images: Sequence[Picture]) -> Tensor:
+    """uint8 ``[B, 3, size, size]``."""
+    image = model.config.image
+    if image.picture_size < 1:
+        raise ValueError(
+            "the model does not say at which size it looks at pictures: set image.picture_size in its config.json to "
+            "the data.picture_size that it was trained with"
+        )
+    opened = [_opened(_picture(given)).convert("RGB") for given in images]
+    return pictures.stacked([pictures.crop(p, image.picture_size, 1.0, None, image.whole_picture) for p in opened])
+
+
+def _picture(image: Picture) -> Any:
+    """A file or a Pillow image."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(f"images: expected pictures uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        return require("PIL.Image", "demo").fromarray(image)
+    if isinstance(image, Mapping) or not (isinstance(image, (str, Path)) or hasattr(image, "convert")):
+        raise TypeError(f"images: expected files, pictures or features, got {type(image).__name__}")
+    return image
 
 
 def _features_or_pixels(image: Picture) -> np.ndarray:
     """float ``[T, d]`` or uint8 ``[224, 224, 3]``."""
     if isinstance(image, (str, Path)) and Path(image).suffix == ".npy":
         try:
-            return _floats(np.load(image, allow_pickle=False), str(image))
+            array = np.load(image, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{image}: expected features, float [T, d]: {error}") from error
+        if array.dtype.kind != "f":
+            raise ValueError(f"{image}: an .npy file holds features, float [T, d]; got {array.dtype}")
+        return array
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            return _floats(image, "images")
-        if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise ValueError(f"images: expected pictures uint8 [H, W, 3], got {list(image.shape)}")
-        image = require("PIL.Image", "demo").fromarray(image)
-    elif isinstance(image, Mapping) or not (isinstance(image, (str, Path)) or hasattr(image, "convert")):
-        raise TypeError(f"images: expected files, pictures or features, got {type(image).__name__}")
-    return read_picture(image, 224)
+    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+        if image.dtype.kind != "f":
+            raise ValueError(f"images: expected features, float [T, d], or a picture, uint8; got {image.dtype}")
+        return image
+    return read_picture(_picture(image), 224)
 
 
-def _floats(array: np.ndarray, name: str) -> np.ndarray:
-    if array.dtype.kind != "f":
-        raise ValueError(f"{name}: expected features, float [T, d], or a picture, uint8; got {array.dtype}")
-    return array
-
-
-def _picture_features(source: str, pictures: list[np.ndarray]) -> np.ndarray:
+def _picture_features(source: str, pixels: list[np.ndarray]) -> np.ndarray:
     from setemb.features import with_context
 
     assert source == "efficientnet-lite0", source
-    return with_context(_image_features().extract(np.stack(pictures)))
+    return with_context(_image_features().extract(np.stack(pixels)))
 
 
 @lru_cache(maxsize=2)

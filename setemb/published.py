@@ -61,6 +61,18 @@ NAMES = {
 BACKBONES = {"resnet152": "resnet152.tv_in1k", "resnext_wsl": "resnext101_32x8d.fb_wsl_ig1b_ft_in1k"}
 """Their ``cnn_type`` -> timm's name."""
 
+POSITION = {"sine": "sine", "none": "none"}
+"""Their ``spm_txt_pos_enc_type`` -> ours."""
+
+IMAGE_POOLING = {"max": "max", "avg": "mean"}
+"""Their ``img_res_pool`` -> ours."""
+
+BERT_POOLING = {"max": "max", "cls": "first"}
+"""Their ``txt_pooling`` next to BERT -> ours."""
+
+GRU_POOLING = {"rnn": "last states"}
+"""Their ``txt_pooling`` next to a GRU; ours has no other."""
+
 
 def convert(
     checkpoint: str | Path, vocabulary: str | Path | None = None, source: str = "bert-base-uncased"
@@ -114,7 +126,18 @@ def model_config(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any], source: str, where: str = "the checkpoint"
 ) -> ModelConfig:
     """Sizes from the shapes of the weights, the rest from their settings."""
-    for name in ("img_enc.spm.agg_block.latents", "txt_enc.spm.agg_block.latents", "img_enc.mlp.fc1.weight"):
+
+    def setting(name: str, choices: Mapping[str, str]) -> str:
+        if name not in settings:
+            raise ValueError(f"{where} does not say {name!r} among its settings (args), which the model depends on")
+        if settings[name] not in tuple(choices):
+            raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {settings[name]!r}")
+        return choices[settings[name]]
+
+    backbone = any(name.startswith("img_enc.cnn.") for name in weights)
+    query = "img_enc.spm.agg_block.layers.0.0.fn.to_q.weight"
+    needed = ["img_enc.spm.agg_block.latents", "txt_enc.spm.agg_block.latents", "img_enc.mlp.fc1.weight", query]
+    for name in needed if backbone else [*needed, "img_enc.fc.weight"]:
         if name not in weights:
             raise ValueError(f"{where} holds weights of another architecture: {name} is missing")
     slots, dim = weights["img_enc.spm.agg_block.latents"].shape
@@ -123,25 +146,27 @@ def model_config(
         raise ValueError(
             f"{where}: images have {slots} slots of {dim}, texts {others[0]} of {others[1]}: they must be as many"
         )
-    config = ModelConfig(dim=dim, alpha=float(settings.get("temperature", 16.0)))
+    alpha = settings.get("temperature")
+    if not isinstance(alpha, (int, float)):
+        raise ValueError(f"{where}: its settings (args) must hold a number 'temperature', got {alpha!r}")
+    config = ModelConfig(dim=dim, alpha=float(alpha))
     config.sets.num_slots, config.sets.padding = slots, "dive"
     config.sets.iterations = int(weights["depth"])
-    config.sets.dim_head = weights["img_enc.spm.agg_block.layers.0.0.fn.to_q.weight"].shape[0] // HEADS
+    config.sets.dim_head = weights[query].shape[0] // HEADS
     config.image.hidden, config.image.dim_in = len(weights["img_enc.mlp.fc1.weight"]), 0
-    if any(name.startswith("img_enc.cnn.") for name in weights):
-        kind = settings.get("cnn_type", "resnet152")
-        if kind not in BACKBONES:
-            raise ValueError(f"{where}: cnn_type must be one of {', '.join(BACKBONES)}, got {kind!r}")
-        config.image.encoder, config.image.backbone = "pictures", BACKBONES[kind]
+    config.image.pooling = setting("img_res_pool", IMAGE_POOLING)
+    if backbone:
+        config.image.encoder, config.image.backbone = "pictures", setting("cnn_type", BACKBONES)
     else:
         config.image.dim_in = weights["img_enc.fc.weight"].shape[1]
-    config.text.position = "sine" if settings.get("spm_txt_pos_enc_type", "sine") == "sine" else "none"
+    config.text.position = setting("spm_txt_pos_enc_type", POSITION)
     if "txt_enc.embed.weight" in weights:
         config.text.dim_word = weights["txt_enc.embed.weight"].shape[1]
         config.text.tokenizer = "treebank"
+        setting("txt_pooling", GRU_POOLING)
     else:
         config.text.encoder, config.text.source = "transformer", source
-        config.text.pooling = "first" if settings.get("txt_pooling") == "cls" else "max"
+        config.text.pooling = setting("txt_pooling", BERT_POOLING)
     return config
 
 
@@ -216,18 +241,23 @@ class _Words(pickle.Unpickler):
 
 def _untied(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Weights in which the layer that all iterations share stands once; ``depth`` is how often it stood."""
-    result, depths = {}, set()
+    result: dict[str, Tensor] = {}
+    depths: dict[str, set[int]] = {}
     for name, tensor in weights.items():
         match = re.fullmatch(r"(.*\.agg_block\.layers\.)(\d+)(\..*)", name)
         if match is None:
             result[name] = tensor
             continue
         first = f"{match[1]}0{match[3]}"
-        depths.add(int(match[2]))
+        depths.setdefault(match[1], set()).add(int(match[2]))
         if not torch.equal(tensor, weights.get(first, tensor)):
             raise ValueError(f"{where}: {name} differs from {first}: the iterations share no weights")
         result[first] = weights.get(first, tensor)
-    result["depth"] = torch.tensor(len(depths))
+    depth = max(map(len, depths.values()), default=0)
+    if any(own != set(range(depth)) for own in depths.values()):
+        found = "; ".join(f"{name}: {', '.join(map(str, sorted(own)))}" for name, own in depths.items())
+        raise ValueError(f"{where}: images and texts must have as many iterations, numbered from 0; got layers {found}")
+    result["depth"] = torch.tensor(depth)
     return result
 
 

@@ -20,7 +20,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +56,7 @@ from setemb.config import (
     OptimizerConfig,
     TrainerConfig,
     from_dict,
+    load_config,
     to_yaml,
 )
 from setemb.data.captioned import CaptionedImages
@@ -381,14 +382,21 @@ def load_model(path: str | Path) -> SetEmbedder:
 
     Of a run that has not ended, the best checkpoint so far is taken, or the last where there is none.
     """
+    return load_trained(path)[0]
+
+
+def load_trained(path: str | Path) -> tuple[SetEmbedder, DataConfig | None]:
+    """`load_model`, and the section ``data`` of its run; None of a saved model that lies in no run's folder."""
     path = Path(path)
     if path.is_dir():
         for folder in (path, path / "model"):
             if (folder / "config.json").is_file():
-                return SetEmbedder.from_pretrained(folder)
+                run = folder.resolve().parent / "config.yaml"
+                known = run.is_file() and folder.resolve().name == "model"
+                return SetEmbedder.from_pretrained(folder), load_config(run).data if known else None
         for name in ("best", "last"):
             if (path / f"{name}.safetensors").is_file():
-                return load_model(path / f"{name}.safetensors")
+                return load_trained(path / f"{name}.safetensors")
         raise FileNotFoundError(f"{path} holds neither a model nor a run")
     checkpoint = load_checkpoint(path)
     config = from_dict(Config, checkpoint["setemb"]["config"])
@@ -397,7 +405,7 @@ def load_model(path: str | Path) -> SetEmbedder:
     model = SetEmbedder(config.model, vocabulary, pretrained=False)
     weights: Mapping[str, Tensor] = checkpoint["state_dict"]
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
-    return model.eval()
+    return model.eval(), config.data
 
 
 def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> Path:
@@ -411,6 +419,9 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
     vocabulary = None
     if isinstance(train, PrecompDataset):
         config.model.image.dim_in = train.dim
+    elif config.model.image.encoder == "pictures":
+        config.model.image.picture_size = settings.picture_size
+        config.model.image.whole_picture = settings.whole_picture
     for data in (train, dev):
         check_fits(config.model.image, data, settings)
     if config.model.text.encoder == "bigru":
@@ -435,12 +446,38 @@ def evaluate_precomp(
     return evaluate_sets(*encode_precomp(path, settings, split), folds)
 
 
+def evaluation_settings(model: SetEmbedder, trained: DataConfig | None, overrides: Sequence[str] = ()) -> DataConfig:
+    """Settings to evaluate with: those of training, so that figures can be compared, changed by overrides.
+
+    Args:
+        model, trained: of `load_trained`. Without ``trained`` a model of pictures keeps how it looks at them.
+        overrides: ``data.KEY=VALUE``. Another ``data.dir`` without ``data.images`` has its own folder of pictures.
+
+    Raises:
+        ValueError: how large pictures must be is said nowhere; errors as in `load_config`.
+    """
+    given = {override.partition("=")[0] for override in overrides}
+    if trained is None:
+        trained, image = DataConfig(), model.config.image
+        if image.encoder == "pictures" and image.picture_size:
+            trained = replace(trained, picture_size=image.picture_size, whole_picture=image.whole_picture)
+        elif image.encoder == "pictures" and "data.picture_size" not in given:
+            raise ValueError(
+                "the model does not say at which size it looks at pictures: give data.picture_size=... (and "
+                "data.whole_picture=true where it looked at whole ones), or set image.picture_size in its config.json"
+            )
+    settings = load_config({"data": asdict(trained)}, overrides).data
+    if "data.images" not in given and Path(settings.dir).absolute() != Path(trained.dir).absolute():
+        settings.images = ""
+    return settings
+
+
 def encode_precomp(
-    path: str | Path, settings: DataConfig, split: str
+    path: str | Path | SetEmbedder, settings: DataConfig, split: str
 ) -> tuple[SetEmbedder, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """The model (see `load_model`), and what it makes of a split of a folder of data."""
+    """The model (or `load_model` of a path), and what it makes of a split of a folder of data."""
     data = open_split(settings, split)
-    model = load_model(path)
+    model = path if isinstance(path, SetEmbedder) else load_model(path)
     check_fits(model.config.image, data, settings)
     data.captions = captions_for(model, data.texts, settings)
     return model, encode_dataset(model, data, settings.batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -11,6 +11,14 @@ import torch
 from torch import Tensor
 
 from setemb.data.captions import Captions
+
+ALIASES = {"dev": ("val", "validation")}
+"""Other names of a split, which mean it where a data set of whatever format has none of that name."""
+
+
+def find_split(name: str, known: Collection[str]) -> str | None:
+    """What a data set with these splits calls ``name``; None: it has no such split."""
+    return next((own for own in (name, *ALIASES.get(name, ())) if own in known), None)
 
 
 class CaptionedImages(ABC):

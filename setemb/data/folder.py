@@ -21,7 +21,7 @@ import numpy as np
 
 from setemb.config import DataConfig
 from setemb.data import precomp
-from setemb.data.captioned import CaptionedImages
+from setemb.data.captioned import CaptionedImages, find_split
 from setemb.data.problems import Problems, Report, TooManyError
 
 LAYOUTS = (
@@ -144,7 +144,7 @@ def check_folder(
             report.splits.append(split)
         found = {split.name for split in report.splits}
         for name in needed:
-            if not found & {name, *({"val", "validation"} if name == "dev" else ())}:
+            if find_split(name, found) is None:
                 problems(ValueError(f"{folder} has no split {name!r}; it has {', '.join(sorted(found)) or 'none'}"))
     except TooManyError:
         pass
@@ -213,7 +213,7 @@ def _look_datasets(folder: Path, settings: DataConfig, deep: bool, report: Repor
         texts, numbers = hub.read_captions(rows, captions, where, settings.caption_limit, report), None
         if settings.group_column:
             try:
-                numbers, texts = hub.grouped(rows, settings.group_column, texts, where, settings.caption_limit)
+                numbers, texts = hub.grouped(rows, settings.group_column, texts, where, settings.caption_limit, report)
             except ValueError as error:
                 report(error)
                 continue

@@ -11,7 +11,7 @@ Importing needs datasets and pillow: ``pip install "setemb[datasets]"``.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ import numpy as np
 from torch import Tensor
 
 from setemb.data import pictures
-from setemb.data.captioned import CaptionedImages
+from setemb.data.captioned import CaptionedImages, find_split
 from setemb.data.problems import Report, stop
 from setemb.packages import require
 
 CAPTION_NAMES = ("captions", "caption", "sentences", "sentence", "texts", "text")
-ALIASES = {"dev": ("validation", "val")}
 
 
 class HubDataset(CaptionedImages):
@@ -32,7 +31,7 @@ class HubDataset(CaptionedImages):
 
     Args:
         folder: see the module.
-        split: a name of the data set's, or several joined by "+"; "dev" is also "validation" or "val".
+        split: a name of the data set's, or several joined by "+"; see `setemb.data.captioned.find_split`.
         image_column: "": the only column of pictures.
         caption_column: name, or names joined by ","; "": the column of a usual name.
         group_column: rows that are equal here are one image; "": each row is one.
@@ -115,7 +114,7 @@ def select(splits: dict[str, Any], split: str, folder: str | Path) -> Any:
     """One split, or several joined by "+"."""
     parts = []
     for name in split.split("+"):
-        known = next((n for n in (name, *ALIASES.get(name, ())) if n in splits), None)
+        known = find_split(name, splits)
         if known is None:
             raise ValueError(f"{folder} has no split {name!r}; it has {', '.join(splits)}")
         parts.append(splits[known])
@@ -170,9 +169,11 @@ def read_captions(
 
 
 def grouped(
-    rows: Any, name: str, texts: list[list[str]], where: str, caption_limit: int = 0
+    rows: Any, name: str, texts: list[list[str]], where: str, caption_limit: int = 0, report: Report = stop
 ) -> tuple[np.ndarray, list[list[str]]]:
     """The first row of each image, and its captions, in the order of the first rows.
+
+    A row whose value is missing, or is no single value, is told and left out.
 
     Raises:
         ValueError: there is no such column.
@@ -182,9 +183,13 @@ def grouped(
     first: dict[Any, int] = {}
     captions: dict[Any, list[str]] = {}
     for row, (cells, own) in enumerate(zip(rows.select_columns([name]), texts, strict=True)):
-        first.setdefault(cells[name], row)
-        captions.setdefault(cells[name], []).extend(own)
-    return np.array(list(first.values())), [own[: caption_limit or None] for own in captions.values()]
+        value = cells[name]
+        if value is None or value != value or not isinstance(value, Hashable):
+            report(ValueError(f"{where}, row {row}: {name} must say which image it is, got {str(value)[:80]}"))
+            continue
+        first.setdefault(value, row)
+        captions.setdefault(value, []).extend(own)
+    return np.array(list(first.values()), dtype=np.int64), [own[: caption_limit or None] for own in captions.values()]
 
 
 def encoded_pictures(rows: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from setemb.data import pictures
-from setemb.data.captioned import CaptionedImages
+from setemb.data.captioned import CaptionedImages, find_split
 from setemb.data.problems import Report, stop
 
 THREADS = 8
@@ -144,15 +144,15 @@ def read_index(path: Path, text: str = "raw", caption_limit: int = 0, report: Re
 
 
 def select(index: dict[str, Listed], split: str, path: Path) -> Listed:
-    """One split, or several joined by "+" ; "dev" is the file's "val"."""
+    """One split, or several joined by "+"."""
     result = Listed()
     for name in split.split("+"):
-        name = "val" if name == "dev" and "dev" not in index else name
-        if name not in index:
+        known = find_split(name, index)
+        if known is None:
             raise ValueError(f"{path} has no split {name!r}; it has {', '.join(index)}")
-        result.rows += index[name].rows
-        result.names += index[name].names
-        result.captions += index[name].captions
+        result.rows += index[known].rows
+        result.names += index[known].names
+        result.captions += index[known].captions
     return result
 
 

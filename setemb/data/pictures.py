@@ -17,6 +17,9 @@ from torch import Tensor
 
 from setemb.packages import require
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+"""Of files that are opened; Pillow knows more, some of which start another program (EPS: Ghostscript)."""
+
 EVALUATION_CROP = 0.875
 """Share of the short side that the crop in the middle has: 224 of 256."""
 
@@ -35,10 +38,25 @@ def decode(file: str | Path | IO[bytes] | bytes, where: str) -> Any:
     """
     image, ops = require("PIL.Image", "pictures"), require("PIL.ImageOps", "pictures")
     try:
-        with image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-            return ops.exif_transpose(opened).convert("RGB")
+        with image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
+            return eight_bits(ops.exif_transpose(opened)).convert("RGB")
     except Exception as error:  # whatever a decoder raises
         raise ValueError(f"{where} cannot be read as a picture: {error}") from error
+
+
+def eight_bits(picture: Any) -> Any:
+    """The picture; grey of 16 bits as 8 (65535 becomes 255), which Pillow would clip.
+
+    Raises:
+        ValueError: it holds 32-bit integers or floats, of which nobody knows what is white.
+    """
+    if picture.mode in ("I", "F"):
+        kind = {"I": "32-bit integers", "F": "floats"}[picture.mode]
+        raise ValueError(f"its pixels must be of 8 or 16 bits, got {kind} (mode {picture.mode})")
+    if not picture.mode.startswith("I;16"):
+        return picture
+    grey = np.round(np.asarray(picture) / 257).astype(np.uint8)
+    return require("PIL.Image", "pictures").fromarray(grey)
 
 
 def crop(picture: Any, size: int, smallest: float, rng: np.random.Generator | None, whole: bool = False) -> np.ndarray:
@@ -85,7 +103,9 @@ def whats_wrong(file: IO[bytes], deep: bool = False) -> str | None:
         file.seek(max(0, size - _TAIL))
         tail = file.read(_TAIL)
         file.seek(0)
-        with image.open(file) as picture:
+        with image.open(file, formats=FORMATS) as picture:
+            if picture.mode in ("I", "F"):
+                eight_bits(picture)  # says so
             end = _ENDS.get(picture.format)
             if deep or end is None or end not in tail:
                 picture.load()

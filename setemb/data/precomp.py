@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setemb.data.captioned import CaptionedImages
+from setemb.data.captioned import CaptionedImages, find_split
 from setemb.data.captions import WordCaptions as WordCaptions  # where others look for it
 from setemb.data.problems import Report, stop
 
@@ -41,6 +41,7 @@ class PrecompDataset(CaptionedImages):
     kind = "regions"
 
     def __init__(self, folder: str | Path, split: str, region_drop: float = 0.2, captions_per_batch: int = 0) -> None:
+        split = find_split(split, splits(Path(folder))) or split
         images, texts = read_split(Path(folder), split)
         assert images is not None
         if not 0 <= region_drop < 1:

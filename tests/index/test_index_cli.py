@@ -102,6 +102,7 @@ def test_a_picture_may_be_the_query_and_texts_the_answer(collection: Path) -> No
         (["--image", "absent.npy"], "No such file"),
         (["--image", "absent.png"], "No such file"),
         (["--image", "{folder}/dev_caps.txt"], "dev_caps.txt is no picture that can be read"),
+        (["--image", "{folder}/bytes.npy"], "bytes.npy: an .npy file holds features, float [T, d]; got uint8"),
         (["--image", "{folder}/cube.npy"], "images: expected features [T, 8], got [12, 3, 8]"),
         (["--image", "{folder}/dot.png"], "this model takes features of images, not pictures"),
     ],
@@ -111,6 +112,7 @@ def test_bad_queries_are_one_sentence(collection: Path, arguments: list[str], me
 
     Image.new("RGB", (3, 3)).save(collection / "dot.png")
     np.save(collection / "cube.npy", np.load(collection / "dev_ims.npy"))
+    np.save(collection / "bytes.npy", np.zeros((3, 3, 3), np.uint8))
     call("index", collection / "model", "--data", collection, "--out", collection / "index")
     code, output = call("search", "--index", collection / "index", *(a.format(folder=collection) for a in arguments))
     assert code == 2

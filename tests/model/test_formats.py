@@ -14,7 +14,7 @@ from setemb.config import DataConfig
 from setemb.data import karpathy, pictures
 from setemb.data.captioned import CaptionedImages
 from setemb.data.captions import TokenCaptions, WordCaptions
-from setemb.data.folder import find_format, open_split
+from setemb.data.folder import check_folder, find_format, open_split
 from setemb.data.karpathy import KarpathyDataset
 from setemb.data.vocab import Vocabulary
 
@@ -101,6 +101,40 @@ def test_pictures_of_all_modes_become_upright_rgb(tmp_path):
     assert pictures.decode(tmp_path / "turned.jpg", "here").size == (4, 6)
     with pytest.raises(ValueError, match="row 3 cannot be read as a picture"):
         pictures.decode(b"no picture", "row 3")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_grey_of_16_bits_keeps_its_shades(tmp_path, mode):
+    shades = np.array([[0, 257 * 100, 65535], [128, 129, 65278]], dtype=">u2" if mode == "I;16B" else "<u2")
+    Image.frombytes(mode, (3, 2), shades.tobytes()).save(tmp_path / "grey.tif")
+    with Image.open(tmp_path / "grey.tif") as written:
+        assert written.mode == mode
+    expected = [[0, 100, 255], [0, 1, 254]]
+    assert np.asarray(pictures.decode(tmp_path / "grey.tif", "here"))[..., 1].tolist() == expected
+    assert look(tmp_path, (tmp_path / "grey.tif").read_bytes(), deep=True) is None
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I", np.int32), ("F", np.float32)])
+def test_pictures_without_a_known_white_are_refused(tmp_path, mode, dtype):
+    Image.fromarray(np.full((4, 4), 1000, dtype)).save(tmp_path / "p.tif")
+    with pytest.raises(ValueError, match=rf"row 3 cannot be read .*must be of 8 or 16 bits, got .*\(mode {mode}\)"):
+        pictures.decode(tmp_path / "p.tif", "row 3")
+    assert f"(mode {mode})" in look(tmp_path, (tmp_path / "p.tif").read_bytes())
+
+
+def test_formats_with_programs_of_their_own_are_not_opened(tmp_path, monkeypatch):
+    """EPS is a program; Pillow has Ghostscript run it."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    picture_of = Image.new("RGB", (6, 4))
+    picture_of.save(tmp_path / "p.eps")
+    with Image.open(tmp_path / "p.eps") as written:
+        assert written.format == "EPS"
+    with pytest.raises(ValueError, match="cannot identify image file"):
+        pictures.decode(tmp_path / "p.eps", "here")
+    assert "cannot identify image file" in look(tmp_path, (tmp_path / "p.eps").read_bytes(), deep=True)
+    for kind in pictures.FORMATS:
+        picture_of.save(tmp_path / "picture", kind)
+        assert pictures.decode(tmp_path / "picture", "here").size == (6, 4)
 
 
 def test_what_is_wrong_with_a_picture(tmp_path):
@@ -242,3 +276,18 @@ def test_a_folder_is_opened_as_what_it_is(tmp_path):
         find_format(tmp_path)
     with pytest.raises(ValueError, match=r"data\.dir must name the folder"):
         open_split(DataConfig(), "train")
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+@pytest.mark.parametrize("kind", ["precomp", "karpathy"])
+def test_checking_and_training_agree_on_what_dev_is(tmp_path, kind, name):
+    if kind == "precomp":
+        write_precomp(tmp_path)
+        for end in ("ims.npy", "caps.txt"):
+            (tmp_path / f"dev_{end}").rename(tmp_path / f"{name}_{end}")
+    else:
+        write_karpathy(tmp_path, {"train": 4, name: 2})
+    assert check_folder(tmp_path).problems == []
+    assert len(open_split(DataConfig(dir=str(tmp_path)), "dev")) == 2
+    with pytest.raises((ValueError, FileNotFoundError), match=r"no split 'test'|no image features .*test_ims"):
+        open_split(DataConfig(dir=str(tmp_path)), "test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,20 @@ def test_rows_of_one_picture_are_grouped(tmp_path):
     assert "row 4: the picture: the file is empty" in found
     with pytest.raises(ValueError, match="row 4: the picture: the file is empty"):
         HubDataset(broken, "train", group_column="id")
+
+
+@pytest.mark.parametrize(
+    ("ids", "row", "value"),
+    [([7, 3, None], 2, "None"), ([[7], [3], [7]], 0, r"\[7\]"), ([0.5, float("nan"), 0.5], 1, "nan")],
+)
+def test_rows_that_do_not_say_their_image_are_named(tmp_path, ids, row, value):
+    folder = save(tmp_path / "d", train=rows(3) | {"id": ids})
+    message = f"split train, row {row}: id must say which image it is, got {value}"
+    with pytest.raises(ValueError, match=message):
+        HubDataset(folder, "train", group_column="id")
+    report = check_folder(folder, ["train"], settings=DataConfig(group_column="id"))
+    assert re.search(message, report.problems[0])
+    assert len(report.problems) == (3 if isinstance(ids[0], list) else 1)
 
 
 def test_columns_that_are_not_clear_are_named(tmp_path):

@@ -6,17 +6,25 @@ ours is tested with a stand-in for timm; timm's own models are tested where it w
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("lightning")
 pytest.importorskip("omegaconf")
 pytest.importorskip("PIL")
+pytest.importorskip("typer")
 
-from setemb.config import ModelConfig, OptimizerConfig, load_config
+from PIL import Image
+from typer.testing import CliRunner
+
+from setemb.cli import app
+from setemb.config import DataConfig, ModelConfig, OptimizerConfig, load_config
 from setemb.data.folder import open_split
 from setemb.model import SetEmbedder
 from setemb.modules.backbones import TimmBackbone
@@ -136,12 +144,129 @@ def test_training_from_raw_pictures(timm, tmp_path, monkeypatch, frozen):
     train_precomp(again, tmp_path / "run", resume=True)
     rows = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert sum(rows[-4:]) < 0.95 * sum(rows[:4])
-    torch.manual_seed(0)
-    report = evaluate_precomp(tmp_path / "run", config.data, "test")
-    assert report.rsum > 0
+    report = evaluate_precomp(tmp_path / "run", config.data, "dev")
+    assert report.rsum == pytest.approx(best_rsum(tmp_path / "run"))
     norm = model.image_encoder.backbone.network.norm
     assert (norm.num_batches_tracked == 0) == frozen
     assert torch.equal(norm.weight, torch.ones(8)) == frozen
+
+
+def best_rsum(run: Path) -> float:
+    """What training reported, a float32."""
+    return max(row["dev/rsum"] for row in read_metrics(run) if "dev/rsum" in row)
+
+
+SETTINGS = [
+    "data.batch_size=8",
+    "data.picture_size=12",
+    "data.whole_picture=true",
+    "data.caption_limit=3",
+    "data.captions_per_image=3",
+    "data.dev_split=val+restval",
+    "model.image.encoder=pictures",
+    "model.image.backbone=tiny",
+    "model.image.weights=random",
+    "trainer.epochs=2",
+    "loss.kind=info_nce",
+]
+
+
+@pytest.fixture
+def run(timm, tmp_path: Path) -> Path:
+    """Of pictures, with settings other than the defaults that change what is evaluated."""
+    write_karpathy(tmp_path / "data", {"train": 16, "restval": 6, "val": 10}, pictures="../elsewhere")
+    data = [f"data.dir={tmp_path / 'data'}", f"data.images={tmp_path / 'elsewhere'}"]
+    train_precomp(load_config(TINY, [*data, *SETTINGS]), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def evaluated(*arguments: object) -> dict[str, object]:
+    file = Path(str(arguments[0])).parent / "report.json"
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments), "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    return json.loads(file.read_text())
+
+
+def test_a_run_is_evaluated_as_it_was_in_training(run, tmp_path):
+    report, best = evaluated(run), best_rsum(run)
+    assert report["rsum"] == pytest.approx(best) and report["split"] == "val+restval"
+    for place in (run / "model", run / "best.safetensors"):
+        assert evaluated(place) == report
+    without = evaluated(run, "data.caption_limit=0")
+    assert without["split"] == "val+restval" and without["rsum"] != pytest.approx(best)  # 5 or 7 captions, not 3
+    (tmp_path / "copy").mkdir()
+    shutil.copy(run / "best.safetensors", tmp_path / "copy")
+    assert evaluated(tmp_path / "copy") == report
+    moved = shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    result = CliRunner().invoke(app, ["eval", str(run), f"data.dir={moved}"])  # not the pictures of another folder
+    assert result.exit_code == 2 and f"{moved}/" in result.stderr and "No such file" in result.stderr
+    shutil.move(tmp_path / "elsewhere", moved / "images")
+    assert evaluated(run, f"data.dir={moved}") == report
+
+
+def test_a_model_by_itself_says_how_it_looks_at_pictures(run, tmp_path):
+    alone = shutil.copytree(run / "model", tmp_path / "alone" / "model")
+    model = load_model(alone)
+    assert (model.config.image.picture_size, model.config.image.whole_picture) == (12, True)
+    given = [f"data.dir={tmp_path / 'data'}", f"data.images={tmp_path / 'elsewhere'}"]
+    limits = ["data.caption_limit=3", "--split", "val+restval"]
+    report = evaluated(run)
+    assert evaluated(alone, *given, *limits) == report
+    model.config.image.picture_size, model.config.image.whole_picture = 0, False  # as older ones are
+    model.save_pretrained(tmp_path / "old")
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "old"), *given])
+    assert result.exit_code == 2 and "give data.picture_size=..." in result.stderr
+    sizes = ["data.picture_size=12", "data.whole_picture=true"]
+    assert evaluated(tmp_path / "old", *given, *sizes, *limits) == report
+    with pytest.raises(ValueError, match=r"does not say at which size .*set image\.picture_size in its config\.json"):
+        load_model(tmp_path / "old").encode_image(Image.new("RGB", (30, 20)))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_of_pictures_is_asked_with_pictures(timm, tmp_path, whole):
+    write_karpathy(tmp_path)
+    model = picture_model(picture_size=12, whole_picture=whole).eval()
+    data = open_split(DataConfig(dir=str(tmp_path), picture_size=12, whole_picture=whole), "dev")
+    with torch.inference_mode():
+        expected = model.encode_image({"images": data.read(np.arange(3), None)}).embeddings
+    files = [data.root / name for name in data.names]
+    opened = [Image.open(file) for file in files]
+    for asked in (files, opened, [np.asarray(picture) for picture in opened]):
+        assert torch.equal(model.encode_image(asked).embeddings, expected)
+    assert torch.equal(model.encode_image(str(files[1])).embeddings, model.encode_image(opened[1]).embeddings)
+    for wrong in (np.zeros((3, 8), np.float32), torch.zeros(3, 8)):
+        with pytest.raises(ValueError, match=r"expected pictures uint8 \[H, W, 3\], got float32 \[3, 8\]"):
+            model.encode_image(wrong)
+    np.save(tmp_path / "features.npy", np.zeros((3, 8), np.float32))
+    with pytest.raises(ValueError, match=r"features\.npy is no picture that can be read"):
+        model.encode_image(tmp_path / "features.npy")
+
+
+def test_a_folder_of_pictures_is_indexed_and_searched(run, tmp_path):
+    from setemb.index import SetIndex
+
+    data = shutil.copytree(tmp_path / "data", tmp_path / "collection")
+    shutil.move(tmp_path / "elsewhere", data / "images")
+    for of, count in (("images", 10), ("texts", 52)):
+        arguments = ["index", str(run), "--data", str(data), "--out", str(tmp_path / of), "--of", of]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0 and f"{count} {of}" in result.output, result.output
+    split = open_split(DataConfig(dir=str(data)), "dev")
+    asked = data / "images" / split.names[7]
+    result = CliRunner().invoke(app, ["search", "--index", str(tmp_path / "images"), "--image", str(asked), "--json"])
+    assert result.exit_code == 0, result.output
+    (answer,) = json.loads(result.stdout)
+    assert answer["results"][0]["id"] == "dev/7"
+    assert answer["results"][0]["captions"] == split.texts[35:40]
+    texts = SetIndex.load(tmp_path / "texts")
+    assert [(texts.item(i).id, texts.item(i).meta) for i in (36, 51)] == [
+        ("dev/7/1", {"caption": split.texts[36], "image": "dev/7"}),
+        ("dev/9/6", {"caption": split.texts[51], "image": "dev/9"}),  # the last image has two more
+    ]
+    write_precomp(tmp_path / "regions")
+    wrong = ["index", str(run), "--data", str(tmp_path / "regions"), "--out", str(tmp_path / "no")]
+    result = CliRunner().invoke(app, wrong)
+    assert result.exit_code == 2 and "model.image.encoder takes pictures" in result.stderr
 
 
 def test_what_does_not_fit_is_said_before_training(timm, tmp_path):

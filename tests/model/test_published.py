@@ -39,7 +39,8 @@ def tied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_published(path: Path, state: dict[str, torch.Tensor], prefix: str = "", **settings: object) -> Path:
-    options = {"temperature": 16.0, "spm_txt_pos_enc_type": "sine", "cnn_type": "resnet152", **settings}
+    options = {"temperature": 16.0, "spm_txt_pos_enc_type": "sine", "cnn_type": "resnet152"}
+    options |= {"img_res_pool": "max", "txt_pooling": "rnn", **settings}
     state = {prefix + name: tensor for name, tensor in tied(state).items()}
     torch.save({"args": argparse.Namespace(**options), "epoch": 79, "best_score": 524.6, "model": state}, path)
     return path
@@ -107,6 +108,8 @@ def test_a_checkpoint_becomes_the_model_that_it_was(tmp_path, prefix):
     assert convert(path, tmp_path / "v.json").vocabulary.words == model.vocabulary.words
     other = convert(small_published(tmp_path, prefix=prefix, temperature=8.0, spm_txt_pos_enc_type="none")[1], words)
     assert (other.config.alpha, other.config.text.position) == (8.0, "none")
+    mean = convert(small_published(tmp_path, prefix=prefix, img_res_pool="avg")[1], words)
+    assert (mean.config.image.pooling, found.config.image.pooling) == ("mean", "max")
 
 
 def test_the_command_gives_the_published_numbers(published, tmp_path):
@@ -216,7 +219,7 @@ def test_what_could_run_is_refused_and_not_run(tmp_path):
 def test_what_does_not_fit_is_named(tmp_path):
     _, path, words = small_published(tmp_path)
     content = torch.load(path, weights_only=False)
-    state = content["model"]
+    state, args = content["model"], content["args"]
 
     def refused(message: str, change: dict[str, object] | None, vocabulary: Path | None = words) -> None:
         changed = {k: v for k, v in {**state, **(change or {})}.items() if v is not None}
@@ -232,7 +235,24 @@ def test_what_does_not_fit_is_named(tmp_path):
     tied_name = "img_enc.spm.agg_block.layers.2.0.fn.to_q.weight"
     refused(r"layers\.2\.0\.fn\.to_q\.weight differs from .*layers\.0\.", {tied_name: state[tied_name] + 1})
     refused("something other than tensors under 'model'", {"x": "text"})
+    refused("another architecture: img_enc.fc.weight is missing", {"img_enc.fc.weight": None})
+    queries = [f"img_enc.spm.agg_block.layers.{i}.0.fn.to_q.weight" for i in range(DEPTH)]
+    refused(r"another architecture: img_enc.*layers\.0\.0\.fn\.to_q\.weight is missing", dict.fromkeys(queries))
+    fewer = {name: None for name in state if name.startswith("txt_enc") and ".layers.3." in name}
+    refused(r"as many iterations.*img_enc.*layers\.: 0, 1, 2, 3; txt_enc.*layers\.: 0, 1, 2$", fewer)
     cnn = {"img_enc.cnn.conv1.weight": torch.zeros(1)}
+    for name, bad in (
+        ("temperature", "16"),
+        ("spm_txt_pos_enc_type", "fourier"),
+        ("img_res_pool", "avgmax"),
+        ("txt_pooling", "max"),
+        ("cnn_type", None),
+    ):
+        content["args"] = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != name})
+        refused(f"bad.pth.tar.*settings.*{name}|does not say '{name}'", cnn if name == "cnn_type" else {})
+        content["args"] = argparse.Namespace(**{**vars(args), name: bad})
+        refused(f"{name}.*got {bad!r}", cnn if name == "cnn_type" else {})
+    content["args"] = args
     content["args"].cnn_type = "vgg19"
     refused("cnn_type must be one of resnet152, resnext_wsl, got 'vgg19'", cnn)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
