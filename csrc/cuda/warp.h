@@ -6,6 +6,7 @@
 // reads and writes memory by `load` and `store` only, and includes nothing but this file and `launch.h`.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -147,6 +148,15 @@ SETEMB_DEVICE float reciprocal_fast(float v) {
   return out;
 #else
   return emulator::reciprocal_fast(v);
+#endif
+}
+
+// a b + c, rounded once: where two kernels are to give the same bits, and the compiler would choose for each alone.
+SETEMB_DEVICE float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDACC__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
 #endif
 }
 
