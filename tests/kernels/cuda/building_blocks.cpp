@@ -85,8 +85,11 @@ void reverse(Reversal p) {
     load(shared + (t ^ 1));
   }
   if (p.fault == kMeetInBranches) {
-    const float v = t == 5 ? shuffle_xor(1.0f, 1) + 1 : shuffle_xor(2.0f, 1) * 3;
-    if (v == 7) sync_warp();
+    if (t == 5) {
+      shuffle_xor(1.0f, 1);
+    } else {
+      shuffle_xor(1.0f, 1);
+    }
   }
   if (p.fault == kMisaligned) load(reinterpret_cast<const Chunk*>(p.in + 1));
 }

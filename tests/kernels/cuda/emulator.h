@@ -173,7 +173,7 @@ struct WarpState {
   int arrived = 0;
   uint32_t epoch = 1;  // barriers of the warp and of the block
   Meeting meeting = nullptr;
-  const void* site = nullptr;  // where in the kernel
+  int place = 0;  // line of the kernel
   int tag = 0;
   const void* in[32];
   void* out[32];
@@ -459,19 +459,15 @@ inline void sync_threads() {
   to_scheduler();
 }
 
-// Functions that call `meet` are not inlined, so that the address they return to is a place in the kernel.
-#define SETEMB_MEETS __attribute__((noinline)) inline
-#define SETEMB_SITE __builtin_return_address(0)
-
 // The last of a warp's lanes to come does what `meeting` says with the operands of all.
-inline void meet(const void* site, Meeting meeting, const void* in, void* out, int tag) {
+inline void meet(int place, Meeting meeting, const void* in, void* out, int tag) {
   Machine& m = machine();
   WarpState& warp = m.warps[m.current / 32];
   if (warp.arrived == 0) {
-    warp.site = site;
+    warp.place = place;
     warp.meeting = meeting;
     warp.tag = tag;
-  } else if (warp.site != site || warp.meeting != meeting || warp.tag != tag) {
+  } else if (warp.place != place || warp.meeting != meeting || warp.tag != tag) {
     fail("lanes of a warp meet at different places");
   }
   warp.in[m.current % 32] = in;
@@ -488,21 +484,21 @@ inline void meet(const void* site, Meeting meeting, const void* in, void* out, i
   to_scheduler();
 }
 
-SETEMB_MEETS void sync_warp() {
+inline void sync_warp(int place) {
   const auto order = [](const void* const*, void* const*, int) { ++machine().warps[machine().current / 32].epoch; };
-  meet(SETEMB_SITE, order, nullptr, nullptr, 0);
+  meet(place, order, nullptr, nullptr, 0);
 }
 
-SETEMB_MEETS uint32_t shuffle_xor(uint32_t v, int lanes) {
+inline uint32_t shuffle_xor(uint32_t v, int lanes, int place) {
   uint32_t result;
   const auto exchange = [](const void* const* in, void* const* out, int tag) {
     for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(out[i]) = *static_cast<const uint32_t*>(in[i ^ (tag & 31)]);
   };
-  meet(SETEMB_SITE, exchange, &v, &result, lanes);
+  meet(place, exchange, &v, &result, lanes);
   return result;
 }
 
-SETEMB_MEETS uint32_t shuffle(uint32_t v, int lane) {
+inline uint32_t shuffle(uint32_t v, int lane, int place) {
   struct Operand {
     uint32_t value;
     int lane;
@@ -514,18 +510,18 @@ SETEMB_MEETS uint32_t shuffle(uint32_t v, int lane) {
       *static_cast<uint32_t*>(out[i]) = static_cast<const Operand*>(in[source])->value;
     }
   };
-  meet(SETEMB_SITE, exchange, &operand, &result, 0);
+  meet(place, exchange, &operand, &result, 0);
   return result;
 }
 
-SETEMB_MEETS uint32_t vote(bool v) {
+inline uint32_t vote(bool v, int place) {
   uint32_t result;
   const auto collect = [](const void* const* in, void* const* out, int) {
     uint32_t bits = 0;
     for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(*static_cast<const bool*>(in[i])) << i;
     for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(out[i]) = bits;
   };
-  meet(SETEMB_SITE, collect, &v, &result, 0);
+  meet(place, collect, &v, &result, 0);
   return result;
 }
 
@@ -571,7 +567,7 @@ inline uint32_t word_of(const void* const* rows, int g, int q) {
   return word;
 }
 
-SETEMB_MEETS void load_matrices(uint32_t (&out)[4], const void* row, bool transposed) {
+inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed, int place) {
   check_alignment("ldmatrix", row, 16);
   if (!in_shared(row, 16)) fail(described("ldmatrix", row, 16) + " is not of shared memory");
   touch_shared(row, 16, false);
@@ -600,7 +596,7 @@ SETEMB_MEETS void load_matrices(uint32_t (&out)[4], const void* row, bool transp
       }
     }
   };
-  meet(SETEMB_SITE, exchange, row, out, transposed);
+  meet(place, exchange, row, out, transposed);
 }
 
 // Towards zero.
@@ -610,7 +606,8 @@ inline float truncated(double v) {
   return std::fabs(static_cast<double>(nearest)) > std::fabs(v) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-SETEMB_MEETS void multiply_add(const char* instruction, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+inline void multiply_add(const char* instruction, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         int place) {
   struct Operand {
     const uint32_t *a, *b;
     const float* c;
@@ -648,11 +645,8 @@ SETEMB_MEETS void multiply_add(const char* instruction, float (&c)[4], const uin
     }
     ++machine().products;
   };
-  meet(SETEMB_SITE, exchange, &operand, c, kind);
+  meet(place, exchange, &operand, c, kind);
 }
-
-#undef SETEMB_MEETS
-#undef SETEMB_SITE
 
 }  // namespace setemb::cuda::emulator
 
