@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import implementations, machine, tally
+from benchmarks.gpu import implementations, machine, small_cases, tally
+from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu.__main__ import KEPT_BACK, MINUTES, SANITIZERS, SECONDS, GpuRun, _kernel_filter
 from benchmarks.gpu.bench import Bench, ContextLostError
 from benchmarks.gpu.rows import Row, rows
 from benchmarks.gpu.stages import Ended, Run, Stage, read_lines, run_process
 from benchmarks.gpu.table import floor, table
 from benchmarks.gpu.timing import CudaClock, HostClock, Times, take_turns
+from setemb_kernels.ops.smooth_chamfer import cuda as smooth_chamfer
 
 ROOT = Path(__file__).parent.parent
 kernel_backends = importlib.import_module("setemb_kernels.backends")  # the name is also that of a function
@@ -362,6 +365,20 @@ def test_an_error_of_the_device_ends_the_process() -> None:
         bench(made_up_row(eager=fails(RuntimeError("CUDA error: an illegal memory access was encountered"))))
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")]
+)
+def test_a_batch_that_does_not_fit(error: Exception) -> None:
+    def fails_from_32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if len(x) >= 32:
+            raise error
+        return (x * y).float().sum()
+
+    assert gpu_rows._fits(fails_from_32, 16, "cpu") and not gpu_rows._fits(fails_from_32, 32, "cpu")
+    with pytest.raises(RuntimeError, match="illegal"):
+        gpu_rows._fits(lambda x, y: fails(RuntimeError("CUDA error: illegal"))(None)(), 16, "cpu")
+
+
 def test_a_wrong_result_shows() -> None:
     (line,) = bench(made_up_row(ours=lambda inputs: lambda: 3 * inputs[0]))
     (ours,) = set(line["difference"]) - {"eager"}
@@ -453,6 +470,15 @@ def test_implementations_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(implementations.ours("cuda")) == ["triton"]
     assert implementations.absent("cuda") == {"cuda": "the CUDA module is not built"}
     assert {op.chosen for op in kernel_backends.OpBackends.all} == {"automatic"}
+
+
+def test_the_sanitizers_watch_cuda_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its kernels ran in the emulator alone, and the time may not suffice for all."""
+    monkeypatch.setattr(small_cases, "ours", lambda device: dict.fromkeys(("triton", "cuda"), nullcontext))
+    calls = small_cases.main("cpu") // 2
+    assert capsys.readouterr().out == f"cuda: {calls} calls\ntriton: {calls} calls\n"
+    compiled = {slots for sizes in small_cases.SETS for slots in map(smooth_chamfer._slots, sizes[2:4])}
+    assert compiled == set(smooth_chamfer.SLOTS)
 
 
 def test_every_op_with_kernels_is_chosen() -> None:
