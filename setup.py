@@ -1,7 +1,7 @@
 """The compiled modules: one CPU module per SIMD capability, and the CUDA one where it can be built.
 
 Settings, from the environment: SETEMB_CUDA=auto|0|1 (1 fails where CUDA cannot be built), and torch's own
-TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG.
+TORCH_CUDA_ARCH_LIST (else the GPUs that are here, else 8.0;9.0;10.0), MAX_JOBS and DEBUG.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 HERE = Path(__file__).resolve().parent
 TORCH_MINIMUM = (2, 10)
-CUDA_ARCHITECTURES = "8.0;9.0a;10.0"
+CUDA_ARCHITECTURES = "8.0;9.0;10.0"
+"""Where neither TORCH_CUDA_ARCH_LIST nor a GPU that is there says for which."""
+OLDEST_ARCHITECTURE = (8, 0)
 
 CAPABILITIES: dict[str, list[str]] = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -75,6 +77,14 @@ def cuda_absent() -> str:
     return ""
 
 
+def cuda_architectures() -> str:
+    """What the CUDA module is built for, if TORCH_CUDA_ARCH_LIST does not say: the GPUs that are here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = {torch.cuda.get_device_capability(n) for n in range(count)}
+    here = {capability for capability in here if capability >= OLDEST_ARCHITECTURE}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(here)) or CUDA_ARCHITECTURES
+
+
 def cuda_modules() -> list[Extension]:
     wanted = os.environ.get("SETEMB_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
@@ -85,7 +95,8 @@ def cuda_modules() -> list[Extension]:
     if wanted == "0" or absent:
         print(f"setemb: without the CUDA module ({absent or 'SETEMB_CUDA=0'})")
         return []
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_architectures()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     sources = sorted(path for path in (HERE / "csrc/cuda").iterdir() if path.suffix in (".cpp", ".cu"))
     return [
         CUDAExtension(

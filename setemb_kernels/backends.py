@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
@@ -215,10 +216,41 @@ def _load_cuda_module() -> str:
         module = importlib.import_module(name)
     except ImportError as error:
         return f"the CUDA module does not load with torch {torch.__version__} ({error})"
-    misfit = _misfit(module.build_info())
+    info = module.build_info()
+    misfit = _misfit(info) or next(filter(None, map(_without_kernels(info), range(torch.cuda.device_count()))), "")
     if not misfit:
         module.register_ops()
     return misfit
+
+
+def _without_kernels(info: dict[str, Any]) -> Callable[[int], str]:
+    """Says in one sentence that a CUDA module with this build_info has no kernels for a device; "" where it has.
+
+    Machine code runs on chips of the same major version and no lower minor one, PTX on all later ones. An architecture
+    that is given by its name is not judged.
+    """
+    built: str = info["cuda_architectures"]
+    entries = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry) for entry in re.split(r"[;,\s]+", built.strip())]
+
+    def runs(entry: re.Match[str] | None, device: tuple[int, int]) -> bool:
+        if entry is None:
+            return True
+        chip = (int(entry[1]), int(entry[2]))
+        if entry[3]:
+            return chip == device
+        return chip <= device and (chip[0] == device[0] or bool(entry[4]))
+
+    def sentence(device: int) -> str:
+        capability = torch.cuda.get_device_capability(device)
+        if any(runs(entry, capability) for entry in entries):
+            return ""
+        own = ".".join(map(str, capability))
+        return (
+            f"the CUDA module is built for architectures {built}, device {device} is of {own}: build it again with "
+            f"TORCH_CUDA_ARCH_LIST={own}"
+        )
+
+    return sentence
 
 
 def _misfit(info: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import implementations, machine, tally
-from benchmarks.gpu.__main__ import MINUTES, SECONDS, GpuRun
+from benchmarks.gpu import implementations, machine, small_cases, tally
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu.__main__ import KEPT_BACK, MINUTES, SANITIZERS, SECONDS, GpuRun, _kernel_filter
 from benchmarks.gpu.bench import Bench, ContextLostError
 from benchmarks.gpu.rows import Row, rows
 from benchmarks.gpu.stages import Ended, Run, Stage, read_lines, run_process
 from benchmarks.gpu.table import floor, table
 from benchmarks.gpu.timing import CudaClock, HostClock, Times, take_turns
+from setemb_kernels.ops.smooth_chamfer import cuda as smooth_chamfer
 
 ROOT = Path(__file__).parent.parent
 kernel_backends = importlib.import_module("setemb_kernels.backends")  # the name is also that of a function
@@ -42,7 +45,7 @@ def test_dry_run(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
     assert content["kind"] == "gpu" and content["dry_run"]
-    assert [stage["name"] for stage in content["stages"]] == ["machine", "tests", "memcheck", "racecheck", "benchmarks"]
+    assert [stage["name"] for stage in content["stages"]] == ["machine", "tests", "benchmarks", "memcheck", "racecheck"]
     assert all(stage["status"] == "ok" and 0 < stage["seconds"] <= stage["limit"] for stage in content["stages"])
     assert content["versions"]["torch"] == torch.__version__ and content["versions"]["setemb"]
     assert content["clocks"]["source"].startswith("nvidia-smi")
@@ -150,7 +153,8 @@ def test_builds_for_the_chip_that_is_there(tmp_path: Path) -> None:
         stage = Stage("build")
         run.build(stage, 1.0, cuda=cuda)
         assert stage.status == "ok"
-        assert seen[-1]["SETEMB_CUDA"] == cuda and seen[-1]["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+        assert seen[-1]["SETEMB_CUDA"] == cuda and seen[-1]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+        assert "-lineinfo" in seen[-1]["NVCC_APPEND_FLAGS"].split()
 
 
 @pytest.mark.parametrize(
@@ -189,6 +193,39 @@ def test_sanitizer_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stage = Stage("memcheck")
     gpu_run(tmp_path, lambda *_: 0).sanitizer(stage, 1.0, "memcheck")
     assert (stage.status, stage.detail) == ("absent", "compute-sanitizer is not installed")
+
+
+def test_sanitizer_watches_our_kernels_where_it_can(tmp_path: Path) -> None:
+    """A made-up one that says which options it has."""
+    for options, expected in (
+        ("--kernel-name arg", {"kns=setemb", "kns=forward_kernel", "kns=gather_kernel"}),
+        ("", set()),
+    ):
+        tool = tmp_path / "compute-sanitizer"
+        tool.write_text(f"#!/bin/sh\necho ' {options}'\n")
+        tool.chmod(0o755)
+        found = _kernel_filter(str(tool))
+        assert expected <= set(found) and found.count("--kernel-name") == len(found) // 2
+        assert bool(found) == bool(expected)
+    assert _kernel_filter(str(tmp_path / "absent")) == ()
+
+
+def test_one_of_two_test_processes_fails(tmp_path: Path) -> None:
+    """The other runs all the same, and the stage has failed."""
+
+    def answer(command: list[str], log: Path, environment: dict[str, str]) -> int:
+        first = "tests/kernels/cuda/gpu_cases.py" in command
+        log.write_text("Segmentation fault\n")
+        line = {"test": "a", "outcome": "failed", "why": "lost", "seconds": 1.0}
+        with Path(command[command.index("--tally") + 1]).open("a") as lines:
+            for each in [line, line] if first else [line | {"test": "b", "outcome": "passed"}]:
+                lines.write(json.dumps(each) + "\n")
+        return -11 if first else 0
+
+    stage = Stage("tests")
+    gpu_run(tmp_path, answer).tests(stage, 10.0)
+    assert (stage.status, stage.detail) == ("failed", "1 passed, 1 failed, 0 skipped")
+    assert stage.data["first_failures"] == ["a: lost"]
 
 
 def test_a_kernel_that_ends_the_process_costs_one_figure(tmp_path: Path) -> None:
@@ -328,6 +365,20 @@ def test_an_error_of_the_device_ends_the_process() -> None:
         bench(made_up_row(eager=fails(RuntimeError("CUDA error: an illegal memory access was encountered"))))
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")]
+)
+def test_a_batch_that_does_not_fit(error: Exception) -> None:
+    def fails_from_32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if len(x) >= 32:
+            raise error
+        return (x * y).float().sum()
+
+    assert gpu_rows._fits(fails_from_32, 16, "cpu") and not gpu_rows._fits(fails_from_32, 32, "cpu")
+    with pytest.raises(RuntimeError, match="illegal"):
+        gpu_rows._fits(lambda x, y: fails(RuntimeError("CUDA error: illegal"))(None)(), 16, "cpu")
+
+
 def test_a_wrong_result_shows() -> None:
     (line,) = bench(made_up_row(ours=lambda inputs: lambda: 3 * inputs[0]))
     (ours,) = set(line["difference"]) - {"eager"}
@@ -380,6 +431,24 @@ def test_tally_of_a_run_that_is_cut_off(tmp_path: Path) -> None:
     assert "test_bad: AssertionError: not equal" in failure
 
 
+def test_a_worker_that_lost_its_device_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its report was sent; what else fails leaves it alone."""
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    plugins = pytest.PytestPluginManager()
+    tally.pytest_configure(SimpleNamespace(pluginmanager=plugins, workerinput={}, getoption=lambda name: None))  # type: ignore[arg-type]
+    assert not plugins.has_plugin("setemb-tally")
+
+    class Interactor:  # xdist's, which is registered later
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            ends.append(-1)
+
+    plugins.register(Interactor())
+    for failed, text in ((False, ""), (True, "AssertionError"), (True, "AcceleratorError: CUDA error: illegal access")):
+        plugins.hook.pytest_runtest_logreport(report=SimpleNamespace(failed=failed, longrepr=text))
+    assert ends == [-1, -1, -1, 1]
+
+
 # --- implementations
 
 
@@ -401,6 +470,15 @@ def test_implementations_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(implementations.ours("cuda")) == ["triton"]
     assert implementations.absent("cuda") == {"cuda": "the CUDA module is not built"}
     assert {op.chosen for op in kernel_backends.OpBackends.all} == {"automatic"}
+
+
+def test_the_sanitizers_watch_cuda_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its kernels ran in the emulator alone, and the time may not suffice for all."""
+    monkeypatch.setattr(small_cases, "ours", lambda device: dict.fromkeys(("triton", "cuda"), nullcontext))
+    calls = small_cases.main("cpu") // 2
+    assert capsys.readouterr().out == f"cuda: {calls} calls\ntriton: {calls} calls\n"
+    compiled = {slots for sizes in small_cases.SETS for slots in map(smooth_chamfer._slots, sizes[2:4])}
+    assert compiled == set(smooth_chamfer.SLOTS)
 
 
 def test_every_op_with_kernels_is_chosen() -> None:
@@ -483,6 +561,7 @@ def test_a_whole_run_on_a_gpu(
 ) -> None:
     """Every stage in order; the build of CUDA fails, and all others go on."""
     monkeypatch.setattr("shutil.which", lambda *args, **options: "/bin/compute-sanitizer")
+    tested: list[set[str]] = []
     described = {"device": "NVIDIA X 1", "capability": "9.0", "versions": {}, "clocks": {"source": "s", "before": {}}}
 
     def answer(command: list[str], log: Path, environment: dict[str, str]) -> int:
@@ -493,9 +572,9 @@ def test_a_whole_run_on_a_gpu(
             log.write_text("error: nvcc\n")
             return int(environment["SETEMB_CUDA"])
         elif "--tally" in command:
-            assert {"tests/kernels/cuda/gpu_cases.py", "tests/kernels/smooth_chamfer/triton_cases.py"} <= set(command)
-            lines = Path(command[command.index("--tally") + 1])
-            lines.write_text(json.dumps({"test": "a", "outcome": "passed", "seconds": 1.0}) + "\n")
+            tested.append({word for word in command if word.endswith("_cases.py")})
+            with Path(command[command.index("--tally") + 1]).open("a") as lines:
+                lines.write(json.dumps({"test": f"{len(tested)}", "outcome": "passed", "seconds": 1.0}) + "\n")
         elif "compute-sanitizer" in text:
             log.write_text("triton: 12 calls\n========= ERROR SUMMARY: 0 errors\n")
         else:
@@ -511,7 +590,12 @@ def test_a_whole_run_on_a_gpu(
     (path,) = tmp_path.glob("nvidia-x-1-*.json")
     content = json.loads(path.read_text())
     statuses = {stage["name"]: stage["status"] for stage in content["stages"]}
-    assert list(statuses) == [*SECONDS, "benchmarks"]
+    assert list(statuses) == [*SECONDS, "benchmarks", *SANITIZERS]
+    assert tested[0] == {"tests/kernels/cuda/gpu_cases.py"}
+    triton = {f"tests/kernels/{op}/triton_cases.py" for op in ("losses", "slot_attention", "smooth_chamfer")}
+    assert tested[1:] == [triton]
+    limits = {stage["name"]: stage["limit"] for stage in content["stages"]}
+    assert limits["benchmarks"] == pytest.approx(60 * MINUTES - KEPT_BACK - sum(SANITIZERS.values()), abs=5)
     assert {name for name, status in statuses.items() if status != "ok"} == {"build cuda"}
     assert sum(SECONDS.values()) < 60 * MINUTES - 45  # what is left for measuring at the worst
     assert "x 2.00" in capsys.readouterr().out

@@ -13,8 +13,10 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,13 +29,18 @@ from benchmarks.gpu.table import table
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 8.0
-SECONDS = {"machine": 30, "build c++": 60, "build cuda": 150, "tests": 90, "memcheck": 50, "racecheck": 50}
-"""At most, of each stage; measuring gets what is left, half a minute kept back for the end."""
+SECONDS = {"machine": 30, "build c++": 60, "build cuda": 220, "tests": 90}
+"""At most, of each stage before measuring."""
+SANITIZERS = {"memcheck": 50, "racecheck": 50}
+"""After measuring, which leaves them their time unless it has less than MEASURING itself."""
+MEASURING = 150.0
 KEPT_BACK = 15.0
 RESTARTS = 8
 """Of the measuring process, when a kernel ends it."""
 WORKERS = 8
 """Processes that share the tests, where pytest-xdist is there."""
+SECONDS_A_TEST = 40
+"""Where pytest-timeout is there."""
 
 Process = Callable[..., Ended]
 
@@ -59,9 +66,10 @@ class GpuRun:
             self.run.stage("build c++", SECONDS["build c++"], lambda stage, limit: self.build(stage, limit, cuda="0"))
             self.run.stage("build cuda", SECONDS["build cuda"], lambda stage, limit: self.build(stage, limit, cuda="1"))
         self.run.stage("tests", SECONDS["tests"], self.tests)
-        for tool in ("memcheck", "racecheck"):
-            self.run.stage(tool, SECONDS[tool], lambda stage, limit, tool=tool: self.sanitizer(stage, limit, tool))
-        self.run.stage("benchmarks", self.run.left - KEPT_BACK, self.benchmarks)
+        left = self.run.left - KEPT_BACK
+        self.run.stage("benchmarks", max(left - sum(SANITIZERS.values()), min(left, MEASURING)), self.benchmarks)
+        for tool, seconds in SANITIZERS.items():
+            self.run.stage(tool, seconds, lambda stage, limit, tool=tool: self.sanitizer(stage, limit, tool))
         print(table(self.run.content))
         print(f"all numbers: {self.run.path}")
         return 0 if all(stage["status"] in ("ok", "absent") for stage in self.run.content["stages"]) else 1
@@ -91,27 +99,36 @@ class GpuRun:
 
     def build(self, stage: Stage, limit: float, cuda: str) -> None:
         """For this chip alone. Without CUDA first: then a failure of the one leaves the other."""
-        major, minor = self.run.content["capability"].split(".")
-        architecture = f"{major}.{minor}" + ("a" if int(major) >= 9 else "")
         self.python(
             stage,
             limit,
             *("setup.py", "build_ext", "--inplace"),
             log="build.log",
             SETEMB_CUDA=cuda,
-            TORCH_CUDA_ARCH_LIST=architecture,
+            TORCH_CUDA_ARCH_LIST=self.run.content["capability"],
+            NVCC_APPEND_FLAGS=f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -lineinfo".strip(),  # for the sanitizers
         )
 
     def tests(self, stage: Stage, limit: float) -> None:
+        """CUDA C++ and Triton in processes of their own: after an illegal access a process has lost the device."""
         lines = self.out / "tests.jsonl"
         lines.unlink(missing_ok=True)
         if self.device == "cuda":
-            what = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/kernels/*/*_cases.py"))
+            names = ("gpu_cases.py", "triton_cases.py")
+            groups = [sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"tests/kernels/*/{name}")) for name in names]
         else:
-            what = ["tests/kernels/slot_attention/test_table.py", "-k", "test_op and paper and float32"]
-        parallel = ["-n", str(WORKERS)] if self.device == "cuda" and importlib.util.find_spec("xdist") else []
-        options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tally", "--tally", str(lines), *parallel]
-        self.python(stage, limit, "-m", "pytest", *options, *what, log="tests.log")
+            groups = [["tests/kernels/slot_attention/test_table.py", "-k", "test_op and paper and float32"]]
+        options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tally", "--tally", str(lines)]
+        if self.device == "cuda" and importlib.util.find_spec("xdist"):
+            options += ["-n", str(WORKERS)]
+        if importlib.util.find_spec("pytest_timeout"):  # by a thread: a signal does not reach who waits for a device
+            options += ["--timeout", str(SECONDS_A_TEST), "--timeout-method", "thread"]
+        until, statuses = time.monotonic() + limit, []
+        for n, what in enumerate(groups):
+            share = (until - time.monotonic()) / (len(groups) - n)
+            self.python(stage, share, "-m", "pytest", *options, *what, log="tests.log")
+            statuses.append(stage.status)
+        stage.status = next((status for status in statuses if status != "ok"), "ok")
         stage.data = tally.summary(lines)
         stage.detail = ", ".join(f"{stage.data[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
         if stage.status == "ok" and not stage.data["passed"]:
@@ -124,7 +141,9 @@ class GpuRun:
         if self.device == "cuda" and found is None:
             stage.status, stage.detail = "absent", "compute-sanitizer is not installed"
             return
-        before = (str(found), "--tool", tool, "--error-exitcode", "9") if self.device == "cuda" else ()
+        before = ()
+        if self.device == "cuda":
+            before = (str(found), "--tool", tool, "--error-exitcode", "9", *_kernel_filter(str(found)))
         log = self.out / f"{tool}.log"
         log.unlink(missing_ok=True)
         arguments = ("-m", "benchmarks.gpu.small_cases", "--device", self.device)
@@ -213,6 +232,22 @@ def _last_begun(lines: Path) -> tuple[str, str] | None:
     for line in read_lines(lines):
         begun = (line["begin"], line["implementation"]) if "begin" in line else None
     return begun
+
+
+def _kernel_filter(sanitizer: str) -> tuple[str, ...]:
+    """Options by which it watches our kernels alone, not those of torch; none where it has no such option.
+
+    Names of CUDA C++ kernels hold their namespace, those of Triton are their functions'.
+    """
+    try:
+        options = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    if "--kernel-name" not in options:
+        return ()
+    sources = sorted(ROOT.glob("setemb_kernels/ops/*/triton_kernels.py"))
+    names = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
+    return tuple(word for name in ("setemb", *sorted(names)) for word in ("--kernel-name", f"kns={name}"))
 
 
 def _file_name(device: str) -> str:

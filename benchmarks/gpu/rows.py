@@ -265,8 +265,10 @@ def _fits(loss: Callable[..., Tensor], n: int, device: str) -> bool:
         torch.autograd.grad(loss(x, y), (x, y))
         if device == "cuda":
             torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
-        return False
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+            return False
+        raise
     return True
 
 

@@ -1,11 +1,15 @@
 """A pytest plugin: one line of JSON a test, written as it ends, so that a run that is cut off leaves what it had.
 
 pytest -p benchmarks.gpu.tally --tally FILE
+
+With pytest-xdist a worker ends after a test that met an error of the device, which stays with its process: xdist starts
+another for the tests that are left.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--tally")
-    if path is not None and not hasattr(config, "workerinput"):  # with pytest-xdist: only where all results come in
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(Leave(), "setemb-leave")
+    elif path is not None:  # with pytest-xdist: only where all results come in
         config.pluginmanager.register(Tally(path), "setemb-tally")
+
+
+class Leave:
+    """Ends a worker that has lost its device."""
+
+    @pytest.hookimpl(trylast=True)  # after xdist has sent the report
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and "CUDA error" in str(report.longrepr):
+            os._exit(1)
 
 
 class Tally:
@@ -45,6 +60,10 @@ class Tally:
 def summary(path: Path) -> dict[str, Any]:
     """How many passed, failed, were skipped, and the first failures."""
     lines = read_lines(path)
-    counts = {outcome: sum(line["outcome"] == outcome for line in lines) for outcome in ("passed", "failed", "skipped")}
-    failures = [f"{line['test']}: {line['why']}" for line in lines if line["outcome"] == "failed"]
-    return counts | {"first_failures": failures[:10]}
+    counts = {outcome: sum(line["outcome"] == outcome for line in lines) for outcome in ("passed", "skipped")}
+    failures: dict[str, str] = {}  # of a test that ended its worker xdist reports once more that it did
+    for line in lines:
+        if line["outcome"] == "failed":
+            failures.setdefault(line["test"], line["why"])
+    first = [f"{test}: {why}" for test, why in failures.items()][:10]
+    return counts | {"failed": len(failures), "first_failures": first}

@@ -16,8 +16,11 @@
 namespace setemb::cuda {
 
 #if defined(__CUDACC__)
+// Throws what went wrong, and leaves no error behind that a later call would report as its own.
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw std::runtime_error(std::string(what) + ": CUDA error: " + cudaGetErrorString(status));
 }
 #endif
 

@@ -35,7 +35,7 @@ constexpr int kStepBytes = 64;  // along the summed axis, a step; kStepBytes / 2
 constexpr int kStages = 4;      // steps under way
 constexpr int kThreads = 128;
 constexpr int kMaxSlots = 64;
-constexpr int kPitch = kTokens + 8;  // floats between rows of logits: lanes of a warp write to different banks
+constexpr int kPitch = kTokens + 8;  // floats between rows of logits: half a warp writes two each to all banks
 
 // [items, heads, rows, features], any strides, in elements.
 struct Rows {

@@ -96,11 +96,12 @@ SETEMB_DEVICE void products_of_block(const WeightParams& p, const WeightBlock& b
              const char* from = shared + stage * kTile;
              add_narrow_narrow<T>(c, from, from + 16 * MT * kStepBytes);
            });
+  struct alignas(8) Two {
+    float value[2];
+  };
   sync_threads();
   c.for_pairs([&](int r, int column, float first_value, float second_value) {
-    float* to = products + r * kPitch + 16 * warp_index() + column;
-    store(to, first_value);
-    store(to + 1, second_value);
+    store(reinterpret_cast<Two*>(products + r * kPitch + 16 * warp_index() + column), Two{first_value, second_value});
   });
   sync_threads();
 }

@@ -182,7 +182,7 @@ SETEMB_DEVICE float saturated(float v, float limit) {
   return v > limit ? limit : v < -limit ? -limit : v;
 }  // NaN stays
 
-// Of one pair of sets, whether or not they exist. The scores are overwritten.
+// Of one pair of sets, whether or not they exist. The scores are overwritten. The same bits in `forward` and `hardest`.
 template <int SX, int SY>
 SETEMB_DEVICE float similarity(const Block<SX, SY>& block, const Pair<SX, SY>& pair, bool bounded) {
   using B = Block<SX, SY>;
@@ -194,7 +194,8 @@ SETEMB_DEVICE float similarity(const Block<SX, SY>& block, const Pair<SX, SY>& p
   } else if (bounded) {
     float by_row[B::K], by_column[B::L];
     block.exponentials(pair.alpha.scale, by_row, by_column);
-    s = (x_weight * B::over_rows(log2_of_product(by_row)) + y_weight * B::over_columns(log2_of_product(by_column))) *
+    s = fused_multiply_add(x_weight, B::over_rows(log2_of_product(by_row)),
+                           y_weight * B::over_columns(log2_of_product(by_column))) *
         pair.alpha.inverse;
   } else {
     const int e = pair.exponent(block.x_item, block.y_item);
@@ -202,9 +203,10 @@ SETEMB_DEVICE float similarity(const Block<SX, SY>& block, const Pair<SX, SY>& p
     float row_top[B::K], row_total[B::K], column_top[B::L], column_total[B::L];
     block.shifted_rows(unit, row_top, row_total);
     block.shifted_columns(unit, column_top, column_total);
-    s = B::over_rows(B::sum_of(row_top)) * x_weight + B::over_columns(B::sum_of(column_top)) * y_weight;
-    const float log =
-        B::over_rows(log2_of_product(row_total)) * x_weight + B::over_columns(log2_of_product(column_total)) * y_weight;
+    s = fused_multiply_add(x_weight, B::over_rows(B::sum_of(row_top)),
+                           y_weight * B::over_columns(B::sum_of(column_top)));
+    const float log = fused_multiply_add(x_weight, B::over_rows(log2_of_product(row_total)),
+                                         y_weight * B::over_columns(log2_of_product(column_total)));
     s = times_power(s + times_power(log * pair.alpha.inverse, -e), e);
   }
   return x_weight == 0 || y_weight == 0 ? 0.0f : s;  // next to an empty set

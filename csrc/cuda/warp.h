@@ -6,6 +6,7 @@
 // reads and writes memory by `load` and `store` only, and includes nothing but this file and `launch.h`.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -15,6 +16,8 @@
 #define SETEMB_KERNEL(threads, blocks_a_processor) __global__ void __launch_bounds__(threads, blocks_a_processor)
 #define SETEMB_UNROLL _Pragma("unroll")
 #define SETEMB_NO_UNROLL _Pragma("unroll 1")
+#define SETEMB_PLACE
+#define SETEMB_SAME_PLACE
 #else
 #include "emulator.h"
 #define SETEMB_DEVICE inline
@@ -22,6 +25,8 @@
 #define SETEMB_KERNEL(threads, blocks_a_processor) void
 #define SETEMB_UNROLL
 #define SETEMB_NO_UNROLL
+#define SETEMB_PLACE , int place = __builtin_LINE()  // where lanes of a warp meet, which the emulator compares
+#define SETEMB_SAME_PLACE , place
 #endif
 
 namespace setemb::cuda {
@@ -150,6 +155,15 @@ SETEMB_DEVICE float reciprocal_fast(float v) {
 #endif
 }
 
+// a b + c, rounded once: where two kernels are to give the same bits, and the compiler would choose for each alone.
+SETEMB_DEVICE float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDACC__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
 // v, of which the compiler knows nothing: what is computed from it is computed anew, rather than kept in registers.
 SETEMB_DEVICE float opaque(float v) {
 #if defined(__CUDACC__)
@@ -233,40 +247,42 @@ SETEMB_DEVICE void sync_threads() {
 #endif
 }
 
-SETEMB_DEVICE void sync_warp() {
 #if defined(__CUDACC__)
-  __syncwarp();
+SETEMB_DEVICE void sync_warp() { __syncwarp(); }
 #else
-  emulator::sync_warp();
+SETEMB_DEVICE void sync_warp(int place = __builtin_LINE()) { emulator::sync_warp(place); }
 #endif
-}
 
 // The value of the lane whose index differs in the bits of `lanes`.
-SETEMB_DEVICE uint32_t shuffle_xor(uint32_t v, int lanes) {
+SETEMB_DEVICE uint32_t shuffle_xor(uint32_t v, int lanes SETEMB_PLACE) {
 #if defined(__CUDACC__)
   return __shfl_xor_sync(0xffffffffu, v, lanes);
 #else
-  return emulator::shuffle_xor(v, lanes);
+  return emulator::shuffle_xor(v, lanes, place);
 #endif
 }
-SETEMB_DEVICE float shuffle_xor(float v, int lanes) { return float_of(shuffle_xor(bits_of(v), lanes)); }
+SETEMB_DEVICE float shuffle_xor(float v, int lanes SETEMB_PLACE) {
+  return float_of(shuffle_xor(bits_of(v), lanes SETEMB_SAME_PLACE));
+}
 
 // The value of one lane.
-SETEMB_DEVICE uint32_t shuffle(uint32_t v, int lane) {
+SETEMB_DEVICE uint32_t shuffle(uint32_t v, int lane SETEMB_PLACE) {
 #if defined(__CUDACC__)
   return __shfl_sync(0xffffffffu, v, lane);
 #else
-  return emulator::shuffle(v, lane);
+  return emulator::shuffle(v, lane, place);
 #endif
 }
-SETEMB_DEVICE float shuffle(float v, int lane) { return float_of(shuffle(bits_of(v), lane)); }
+SETEMB_DEVICE float shuffle(float v, int lane SETEMB_PLACE) {
+  return float_of(shuffle(bits_of(v), lane SETEMB_SAME_PLACE));
+}
 
 // Bit i: of lane i.
-SETEMB_DEVICE uint32_t vote(bool v) {
+SETEMB_DEVICE uint32_t vote(bool v SETEMB_PLACE) {
 #if defined(__CUDACC__)
   return __ballot_sync(0xffffffffu, v);
 #else
-  return emulator::vote(v);
+  return emulator::vote(v, place);
 #endif
 }
 
@@ -313,7 +329,7 @@ SETEMB_DEVICE void copy_wait() {
 
 // Four matrices of 8 rows x 16 bytes. `row` is, in lane i, row i % 8 of matrix i / 8, in shared memory. out[j]: of
 // matrix j, word q of row g.
-SETEMB_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+SETEMB_DEVICE void load_matrices(uint32_t (&out)[4], const void* row SETEMB_PLACE) {
 #if defined(__CUDACC__)
   const uint32_t source = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -321,12 +337,12 @@ SETEMB_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
                : "r"(source)
                : "memory");
 #else
-  emulator::load_matrices(out, row, false);
+  emulator::load_matrices(out, row, false, place);
 #endif
 }
 
 // The same of matrices of 16-bit numbers, each transposed: out[j] holds rows 2 q and 2 q + 1 of column g.
-SETEMB_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+SETEMB_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row SETEMB_PLACE) {
 #if defined(__CUDACC__)
   const uint32_t source = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -334,13 +350,13 @@ SETEMB_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row)
                : "r"(source)
                : "memory");
 #else
-  emulator::load_matrices(out, row, true);
+  emulator::load_matrices(out, row, true, place);
 #endif
 }
 
 // c += a b^T over 8 words along k: m16n8k16 of T = bfloat16 or float16, m16n8k8 of T = float (tf32).
 template <class T>
-SETEMB_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+SETEMB_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] SETEMB_PLACE);
 
 #if defined(__CUDACC__)
 #define SETEMB_MMA(type, instruction)                                                                               \
@@ -351,10 +367,10 @@ SETEMB_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uin
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                               \
   }
 #else
-#define SETEMB_MMA(type, instruction)                                                                    \
-  template <>                                                                                            \
-  SETEMB_DEVICE void multiply_add<type>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
-    emulator::multiply_add(instruction, c, a, b);                                                        \
+#define SETEMB_MMA(type, instruction)                                                                               \
+  template <>                                                                                                       \
+  SETEMB_DEVICE void multiply_add<type>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int place) { \
+    emulator::multiply_add(instruction, c, a, b, place);                                                            \
   }
 #endif
 SETEMB_MMA(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +154,29 @@ def test_implementations_do_not_import_each_other() -> None:
         assert "import setemb\n" not in text
         assert "from setemb." not in text
         assert "from setemb import" not in text
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        ([], "8.0;9.0;10.0"),
+        ([(9, 0), (8, 6), (9, 0)], "8.6;9.0"),
+        ([(7, 5)], "8.0;9.0;10.0"),
+        ([(7, 5), (12, 0)], "12.0"),
+    ],
+)
+def test_the_cuda_module_is_built_for_the_gpus_that_are_here(
+    devices: list[tuple[int, int]], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pybind11")
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.setenv("SETEMB_CUDA", "0")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", devices.__getitem__)
+    built: Any = SimpleNamespace(**runpy.run_path("setup.py"))
+    assert built.cuda_architectures() == expected
 
 
 @pytest.mark.parametrize("value", ["1", "yes"])

@@ -120,6 +120,44 @@ def test_what_is_absent_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert op.BACKENDS.chosen == "automatic"
 
 
+@pytest.mark.parametrize(
+    ("built", "serves", "refuses"),
+    [
+        ("8.0;9.0;10.0", [(8, 0), (8, 9), (9, 0), (10, 3)], [(7, 5), (11, 0), (12, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("8.0 9.0+PTX", [(8, 6), (9, 0), (12, 0)], [(7, 5)]),
+        ("9.0a", [(9, 0)], [(9, 1), (10, 0)]),
+        ("Hopper", [(9, 0), (8, 0)], []),
+    ],
+)
+def test_a_device_that_the_module_is_not_built_for(
+    built: str,
+    serves: list[tuple[int, int]],
+    refuses: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info = {"version": setemb_kernels.__version__, "torch_minimum": "2.10", "cuda_architectures": built}
+    registered: list[bool] = []
+    module = SimpleNamespace(build_info=lambda: info, register_ops=lambda: registered.append(True))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(MODULE.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for devices in [[device, device] for device in serves]:
+        monkeypatch.setattr(MODULE, "_CUDA", {})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", devices.__getitem__)
+        with use_backend("smooth_chamfer", implementation="cuda"):
+            assert registered.pop()
+    for device in refuses:
+        monkeypatch.setattr(MODULE, "_CUDA", {})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", [serves[0], device].__getitem__)
+        own = f"{device[0]}.{device[1]}"
+        sentence = f"is built for architectures {built}, device 1 is of {own}: .* TORCH_CUDA_ARCH_LIST={own}"
+        with pytest.raises(RuntimeError, match=sentence.replace("+", r"\+")):
+            use_backend("smooth_chamfer", implementation="cuda")
+        assert not registered and op.BACKENDS.chosen == "automatic"
+
+
 def test_the_cuda_module_loads_and_registers_its_kernels() -> None:
     """Where it is built: a machine without a GPU can load it too."""
     if importlib.util.find_spec("setemb_kernels._C_cuda") is None:

@@ -49,6 +49,9 @@ enum Fault {
   kEndsEarly,
   kWritesTwice,
   kSharedPastTheEnd,
+  kLanes,
+  kLanesWithoutBarrier,
+  kMeetInBranches,
 };
 
 struct Reversal {
@@ -74,6 +77,19 @@ void reverse(Reversal p) {
     if (p.fault == kWritesInput) target = const_cast<float*>(p.in) + first + i;
     store(target, load(shared + 127 - i));
     if (p.fault == kWritesTwice && i == 7) store(target, load(shared + 127 - i));
+  }
+  if (p.fault == kLanes || p.fault == kLanesWithoutBarrier) {
+    sync_threads();
+    store(shared + t, 0.0f);
+    if (p.fault == kLanes) sync_warp();
+    load(shared + (t ^ 1));
+  }
+  if (p.fault == kMeetInBranches) {
+    if (t == 5) {
+      shuffle_xor(1.0f, 1);
+    } else {
+      shuffle_xor(1.0f, 1);
+    }
   }
   if (p.fault == kMisaligned) load(reinterpret_cast<const Chunk*>(p.in + 1));
 }

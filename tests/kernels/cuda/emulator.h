@@ -4,7 +4,8 @@
 // ldmatrix, mma) or of its block (barrier), and who runs next is the caller's choice of an order: a kernel must give
 // the same bits in all of them. Found, and reported by an exception that `launch` throws:
 //   - an access outside the registered buffers and the block's shared memory, or not aligned; a write to an input
-//   - two warps that touch the same bytes of shared memory, one of them writing, without a barrier in between
+//   - two threads that touch the same bytes of shared memory, one of them writing, without a barrier in between: the
+//     block's, or among lanes of a warp the warp's (shuffles and products order no memory)
 //   - lanes of a warp that meet at different places, threads that wait for others that have ended
 //   - an asynchronous copy that nobody waited for at the end of the block
 // Shared memory starts as NaN, and so does the target of an asynchronous copy from its start until the thread that
@@ -170,7 +171,9 @@ using Meeting = void (*)(const void* const* in, void* const* out, int tag);
 
 struct WarpState {
   int arrived = 0;
+  uint32_t epoch = 1;  // barriers of the warp and of the block
   Meeting meeting = nullptr;
+  int place = 0;  // line of the kernel
   int tag = 0;
   const void* in[32];
   void* out[32];
@@ -187,6 +190,10 @@ struct Buffer {
 struct Touch {  // of two bytes of shared memory, since which barrier and by which warps
   uint32_t write_epoch = 0, read_epoch = 0;
   uint32_t writers = 0, readers = 0;
+  // of the last of these warps, by which lanes since which barrier; with a write an earlier warp is an error already
+  int warp = -1;
+  uint32_t warp_epoch = 0;
+  uint32_t writing_lanes = 0, reading_lanes = 0;
 };
 
 enum class Order { kForward, kReverse, kRandom };
@@ -367,7 +374,8 @@ inline void check_alignment(const char* what, const void* p, std::size_t bytes) 
 inline void touch_shared(const void* p, std::size_t bytes, bool writes) {
   Machine& m = machine();
   const std::size_t offset = static_cast<std::size_t>(static_cast<const char*>(p) - m.shared);
-  const uint32_t me = 1u << (m.current / 32);
+  const int warp = m.current / 32;
+  const uint32_t me = 1u << warp, lane = 1u << m.current % 32;
   for (std::size_t i = offset / 2; i <= (offset + bytes - 1) / 2; ++i) {
     Touch& t = m.touches[i];
     const bool written = t.write_epoch == m.epoch && (t.writers & ~me);
@@ -376,6 +384,16 @@ inline void touch_shared(const void* p, std::size_t bytes, bool writes) {
       fail("race at byte " + std::to_string(2 * i) + " of shared memory: " + (writes ? "written" : "read") +
            " after another warp has " + (written ? "written" : "read") + " it, without a barrier in between");
     }
+    if (t.warp != warp || t.warp_epoch != m.warps[warp].epoch) {
+      t.warp = warp, t.warp_epoch = m.warps[warp].epoch;
+      t.writing_lanes = t.reading_lanes = 0;
+    }
+    if (t.writing_lanes & ~lane || (writes && t.reading_lanes & ~lane)) {
+      fail("race at byte " + std::to_string(2 * i) + " of shared memory: " + (writes ? "written" : "read") +
+           " after another lane has " + (t.writing_lanes & ~lane ? "written" : "read") +
+           " it, without a barrier of the warp in between");
+    }
+    (writes ? t.writing_lanes : t.reading_lanes) |= lane;
     uint32_t& epoch = writes ? t.write_epoch : t.read_epoch;
     uint32_t& warps = writes ? t.writers : t.readers;
     warps = epoch == m.epoch ? warps | me : me;
@@ -431,6 +449,7 @@ inline void sync_threads() {
   if (++m.at_barrier == m.threads) {
     m.at_barrier = 0;
     ++m.epoch;
+    for (WarpState& warp : m.warps) ++warp.epoch;
     for (int i = 0; i < m.threads; ++i) {
       for (const Copy& copy : m.fibers[i].landed) std::memcpy(copy.target, copy.bytes, 16);
       m.fibers[i].landed.clear();
@@ -441,13 +460,14 @@ inline void sync_threads() {
 }
 
 // The last of a warp's lanes to come does what `meeting` says with the operands of all.
-inline void meet(Meeting meeting, const void* in, void* out, int tag) {
+inline void meet(int place, Meeting meeting, const void* in, void* out, int tag) {
   Machine& m = machine();
   WarpState& warp = m.warps[m.current / 32];
   if (warp.arrived == 0) {
+    warp.place = place;
     warp.meeting = meeting;
     warp.tag = tag;
-  } else if (warp.meeting != meeting || (warp.tag != tag && tag >= 0)) {
+  } else if (warp.place != place || warp.meeting != meeting || warp.tag != tag) {
     fail("lanes of a warp meet at different places");
   }
   warp.in[m.current % 32] = in;
@@ -464,20 +484,21 @@ inline void meet(Meeting meeting, const void* in, void* out, int tag) {
   to_scheduler();
 }
 
-inline void sync_warp() {
-  meet([](const void* const*, void* const*, int) {}, nullptr, nullptr, 0);
+inline void sync_warp(int place) {
+  const auto order = [](const void* const*, void* const*, int) { ++machine().warps[machine().current / 32].epoch; };
+  meet(place, order, nullptr, nullptr, 0);
 }
 
-inline uint32_t shuffle_xor(uint32_t v, int lanes) {
+inline uint32_t shuffle_xor(uint32_t v, int lanes, int place) {
   uint32_t result;
   const auto exchange = [](const void* const* in, void* const* out, int tag) {
     for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(out[i]) = *static_cast<const uint32_t*>(in[i ^ (tag & 31)]);
   };
-  meet(exchange, &v, &result, lanes);
+  meet(place, exchange, &v, &result, lanes);
   return result;
 }
 
-inline uint32_t shuffle(uint32_t v, int lane) {
+inline uint32_t shuffle(uint32_t v, int lane, int place) {
   struct Operand {
     uint32_t value;
     int lane;
@@ -489,18 +510,18 @@ inline uint32_t shuffle(uint32_t v, int lane) {
       *static_cast<uint32_t*>(out[i]) = static_cast<const Operand*>(in[source])->value;
     }
   };
-  meet(exchange, &operand, &result, 0);
+  meet(place, exchange, &operand, &result, 0);
   return result;
 }
 
-inline uint32_t vote(bool v) {
+inline uint32_t vote(bool v, int place) {
   uint32_t result;
   const auto collect = [](const void* const* in, void* const* out, int) {
     uint32_t bits = 0;
     for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(*static_cast<const bool*>(in[i])) << i;
     for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(out[i]) = bits;
   };
-  meet(collect, &v, &result, 0);
+  meet(place, collect, &v, &result, 0);
   return result;
 }
 
@@ -546,7 +567,7 @@ inline uint32_t word_of(const void* const* rows, int g, int q) {
   return word;
 }
 
-inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed) {
+inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed, int place) {
   check_alignment("ldmatrix", row, 16);
   if (!in_shared(row, 16)) fail(described("ldmatrix", row, 16) + " is not of shared memory");
   touch_shared(row, 16, false);
@@ -575,7 +596,7 @@ inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed) 
       }
     }
   };
-  meet(exchange, row, out, transposed);
+  meet(place, exchange, row, out, transposed);
 }
 
 // Towards zero.
@@ -585,7 +606,8 @@ inline float truncated(double v) {
   return std::fabs(static_cast<double>(nearest)) > std::fabs(v) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-inline void multiply_add(const char* instruction, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+inline void multiply_add(const char* instruction, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         int place) {
   struct Operand {
     const uint32_t *a, *b;
     const float* c;
@@ -623,7 +645,7 @@ inline void multiply_add(const char* instruction, float (&c)[4], const uint32_t 
     }
     ++machine().products;
   };
-  meet(exchange, &operand, c, kind);
+  meet(place, exchange, &operand, c, kind);
 }
 
 }  // namespace setemb::cuda::emulator

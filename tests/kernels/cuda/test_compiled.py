@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc/cuda"
-ARCHITECTURES = ("80", "90a", "100")
+ARCHITECTURES = ("80", "90", "100")
 SHARED_MEMORY, REGISTERS = 164 << 10, 65536  # of a processor of sm_80; later ones have as much or more
 THREADS, BLOCKS = 128, 2  # of a block; blocks that a processor is to hold at once
 SLOTS = {  # of x and of y: each number of slots, on both sides, and the extremes for each arithmetic

@@ -52,6 +52,9 @@ FAULTS = [
     "they have ended|ends while others wait",
     "twice",
     "outside all buffers",
+    "",
+    "race at .* another lane",
+    "different places",
 ]
 
 
