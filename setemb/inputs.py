@@ -92,8 +92,11 @@ def image_batch(model: SetEmbedder, images: Picture | Sequence[Picture]) -> dict
     return batch if mask.all() else batch | {"image_mask": mask.to(device)}
 
 
-def read_picture(source: Any, size: int) -> np.ndarray:
+def read_picture(source: Any, size: int, most: int = MAX_PIXELS) -> np.ndarray:
     """uint8 ``[size, size, 3]``: the whole picture, upright, on white; of a file, bytes in one, or a Pillow image.
+
+    Args:
+        most: pixels it may have. While it is read it takes about 12 bytes a pixel.
 
     Raises:
         FileNotFoundError: no such file.
@@ -104,8 +107,8 @@ def read_picture(source: Any, size: int) -> np.ndarray:
     name = str(source) if isinstance(source, (str, Path)) else "the picture"
     try:
         opened = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got {opened.width} x {opened.height}")
+        if opened.width * opened.height > most:
+            raise ValueError(f"{name}: expected at most {most:,} pixels, got {opened.width} x {opened.height}")
         # a large photograph is read at a fraction of its size
         opened.draft("RGB", (2 * size, 2 * size))
         upright = ImageOps.exif_transpose(opened).convert("RGBA")

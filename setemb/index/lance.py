@@ -241,20 +241,17 @@ class LanceIndex:
         return values[0], rows[at[0]], [names[i] for i in at[0].tolist()]
 
     def _of_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, list[list[str]]]:
-        names: dict[int, str] = {}
-
-        def parts() -> Iterator[tuple[Tensor, Tensor]]:
-            everything = self.table.search().select(["id", "vectors"]).with_row_id(True)
-            for batch in everything.to_batches(batch_size=_AT_ONCE):
-                if batch.num_rows and len(queries):
-                    values, at = self._best(queries, batch, k)
-                    rows = torch.from_numpy(batch["_rowid"].to_numpy().astype(np.int64))[at]
-                    ids = batch["id"]
-                    pairs = zip(rows.flatten().tolist(), at.flatten().tolist(), strict=True)
-                    names.update((row, ids[i].as_py()) for row, i in pairs)
-                    yield values, rows
-
-        scores, rows = merged(parts(), k, len(queries))
+        names: dict[int, str] = {}  # of the best so far
+        scores, rows = merged(iter([]), k, len(queries))
+        everything = self.table.search().select(["id", "vectors"]).with_row_id(True)
+        for batch in everything.to_batches(batch_size=_AT_ONCE):
+            if batch.num_rows and len(queries):
+                values, at = self._best(queries, batch, k)
+                numbers = torch.from_numpy(batch["_rowid"].to_numpy().astype(np.int64))
+                scores, rows = merged(iter([(scores, rows), (values, numbers[at])]), k, len(queries))
+                place = {row: i for i, row in enumerate(numbers.tolist())}
+                best = set(rows.flatten().tolist())
+                names = {row: names[row] if row in names else batch["id"][place[row]].as_py() for row in best}
         return scores, rows, [[names[row] for row in of_query] for of_query in rows.tolist()]
 
     def _best(self, queries: Tensor, found: Any, k: int) -> tuple[Tensor, Tensor]:
