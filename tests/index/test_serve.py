@@ -148,6 +148,7 @@ def test_what_it_refuses_is_one_sentence(
         ("", picture((5000, 4000)), "the picture: expected at most 16,000,000 pixels, got 5000 x 4000"),
         ("?k=101", picture(), "k: expected 1 <= k <= 100, got 101"),
     ],
+    ids=["no picture", "pixels", "k"],
 )
 def test_pictures_that_are_refused(folder: Path, query: str, content: bytes, message: str) -> None:
     answer = client(folder, "efficientnet-lite0").post(f"/api/image{query}", content=content, headers=PNG)
