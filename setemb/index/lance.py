@@ -177,7 +177,7 @@ class LanceIndex:
     @torch.inference_mode()
     def search(
         self,
-        queries: Tensor | SetOutput,
+        queries: Tensor | np.ndarray | SetOutput,
         k: int = 10,
         *,
         candidates: int | None = None,
@@ -214,13 +214,13 @@ class LanceIndex:
             scores[at, : len(values)], rows[at, : len(found)] = values, found
         return SearchResult(scores, rows, [names for _, _, names in parts])
 
-    def recall(self, queries: Tensor | SetOutput, k: int = 10, **settings: Any) -> float:
+    def recall(self, queries: Tensor | np.ndarray | SetOutput, k: int = 10, **settings: Any) -> float:
         """Of the k items that exact search finds, the share that `search` with these settings finds."""
         truth, found = self.search(queries, k, exact=True), self.search(queries, k, **settings)
         wanted = sum(len(ids) for ids in truth.ids)
         return sum(len(set(a) & set(b)) for a, b in zip(truth.ids, found.ids, strict=True)) / max(1, wanted)
 
-    def _queries(self, queries: Tensor | SetOutput) -> Tensor:
+    def _queries(self, queries: Tensor | np.ndarray | SetOutput) -> Tensor:
         like = SetIndex.empty(self.similarity, self.alpha)
         like.features = self.features
         return like._queries(queries, None)[0]
