@@ -81,7 +81,10 @@ def sharded_search(
     from setemb.index.index import SearchResult
 
     sets = queries.embeddings if isinstance(queries, SetOutput) else queries
-    asked = as_tensor(sets).detach().cpu().float() if isinstance(sets, (Tensor, np.ndarray)) else torch.empty(0)
+    try:
+        asked = as_tensor(sets).detach().cpu().float()
+    except Exception:  # the search says why, and the others are told
+        asked = torch.empty(0)
     found: list[SearchResult] = []
 
     def own() -> tuple[Tensor, Tensor]:
