@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,6 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = "setemb-checkpoint-1"
+
+BESIDE = r"\.[a-z0-9_]{8}"
+"""What ends the name ``.NAME`` while `write_file` writes NAME, as `tempfile` makes it; editors end theirs otherwise."""
+_LEFTOVER = re.compile(rf"\..+\.(safetensors|yaml|json|txt){BESIDE}")
 
 
 def write_file(path: str | Path, data: bytes) -> None:
@@ -46,16 +51,8 @@ def write_file(path: str | Path, data: bytes) -> None:
 def remove_leftovers(folder: str | Path) -> None:
     """Removes what `write_file` left in a folder when its process was killed."""
     for path in Path(folder).glob(".*.*"):
-        if path.is_file() and Path(_target(path)).suffix in _WRITTEN:
+        if path.is_file() and _LEFTOVER.fullmatch(path.name):
             path.unlink()
-
-
-_WRITTEN = (".safetensors", ".yaml", ".json", ".txt")
-
-
-def _target(beside: Path) -> str:
-    """``.NAME.xyz`` is written in place of ``NAME``."""
-    return beside.name[1:].rpartition(".")[0]
 
 
 def weights_to_bytes(state: Mapping[str, Tensor]) -> bytes:

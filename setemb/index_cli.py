@@ -38,14 +38,17 @@ def build(
         ),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "int8"], typer.Option(help="How the vectors are kept.")
-    ] = "float32",
+        Literal["float32", "bfloat16", "float16", "int8"] | None,
+        typer.Option(help="How the vectors are kept.  [default: float32]", show_default=False),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="As --dtype float16.")] = False,
 ) -> None:
     """Embed a collection with a trained model and keep it as a searchable index, the model included."""
     from setemb.cli import tell, usage_errors
 
     with usage_errors():
+        if half and dtype not in (None, "float16"):
+            raise ValueError(f"--half is --dtype float16: it cannot be with --dtype {dtype}")
         from setemb.index import SetIndex
         from setemb.training import load_model
 
@@ -55,7 +58,7 @@ def build(
             _emoji(loaded, cache, of) if data == "emoji" else _precomp(loaded, data, split, of),
             similarity=loaded.config.similarity,  # type: ignore[arg-type]
             alpha=loaded.config.alpha,
-            dtype="float16" if half else dtype,
+            dtype="float16" if half else dtype or "float32",
             model=loaded,
         )
     tell(f"{len(index)} {of} in {out}")
@@ -98,12 +101,11 @@ def search(
             raise ValueError("give words to look for, or a picture with --image")
         if any(not text.strip() for text in query or []):
             raise ValueError("a query must not be empty")
-        from setemb.index import SetIndex
         from setemb.search import find, queries
 
-        loaded = SetIndex.load(index, verify=verify)
+        loaded, encoder = opened(index, model, verify)
         pictures = [(str(path), path) for path in image or []]
-        wanted = queries(model_of(loaded, index, model), query or [], pictures)
+        wanted = queries(encoder, query or [], pictures)
         results = find(loaded, wanted, top, pairs=html is not None)
         if html is not None:
             _write_page(html, results, loaded, image or [])
@@ -133,27 +135,50 @@ def serve(
     from setemb.cli import tell, usage_errors
 
     with usage_errors():
-        from setemb.index import SetIndex
         from setemb.serve import listen
 
-        loaded = SetIndex.load(index, verify=verify)
-        listen(loaded, model_of(loaded, index, model), host, port, lambda address: tell(f"{index}: {address}"))
+        listen(*opened(index, model, verify), host, port, lambda address: tell(f"{index}: {address}"))
 
 
-def model_of(index: SetIndex, folder: Path, other: Path | None) -> SetEmbedder:
-    """The model that is kept with an index, or another one.
+def opened(folder: Path, other: Path | None, verify: bool = False) -> tuple[SetIndex, SetEmbedder]:
+    """An index and the model that is kept with it, or another one, that `setemb.training.load_model` finds.
 
     Raises:
-        ValueError: there is none.
+        FileNotFoundError, ValueError: there is no index, or no model; or one of them was altered.
     """
+    from setemb.index import SetIndex
+
+    index = SetIndex.load(folder, verify=verify)
+    if other is not None:
+        return index, _model(other)
+    try:
+        return index, _kept_model(index, folder)
+    except (FileNotFoundError, ValueError):  # it may have gone with a revision that was replaced just now
+        again = SetIndex.load(folder, verify=verify)
+        if again.model_folder == index.model_folder:
+            raise
+        return again, _kept_model(again, folder)
+
+
+def _kept_model(index: SetIndex, folder: Path) -> SetEmbedder:
     from setemb.model import SetEmbedder
 
-    path = other if other is not None else index.model_folder
+    path = index.model_folder
     if path is None:
         raise ValueError(f"{folder} holds no model: name the one that made it with --model")
     if not path.is_dir():
-        raise ValueError(f"{path} is missing: name the model that made the index with --model")
+        raise FileNotFoundError(f"{path} is missing: name the model that made the index with --model")
     return SetEmbedder.from_pretrained(path)
+
+
+def _model(path: Path) -> SetEmbedder:
+    if (path / "config.json").is_file():  # seconds sooner than with what trains
+        from setemb.model import SetEmbedder
+
+        return SetEmbedder.from_pretrained(path)
+    from setemb.training import load_model
+
+    return load_model(path)
 
 
 def _emoji(model: SetEmbedder, cache: Path | None, of: str) -> Iterator[tuple[Any, ...]]:

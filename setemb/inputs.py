@@ -97,15 +97,18 @@ def image_batch(model: SetEmbedder, images: Picture | Sequence[Picture]) -> dict
     return batch if mask.all() else batch | {"image_mask": mask.to(device)}
 
 
-def read_picture(source: Any, size: int) -> np.ndarray:
+def read_picture(source: Any, size: int, most: int = MAX_PIXELS) -> np.ndarray:
     """uint8 ``[size, size, 3]``: the whole picture, upright, on white; of a file, bytes in one, or a Pillow image.
+
+    Args:
+        most: pixels it may have. While it is read it takes about 12 bytes a pixel.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is no picture, or too large a one.
     """
     # a large photograph is read at a fraction of its size
-    upright = _opened(source, 2 * size).convert("RGBA")
+    upright = _opened(source, 2 * size, most).convert("RGBA")
     Image, ImageOps = require("PIL.Image", "demo"), require("PIL.ImageOps", "demo")
     upright = ImageOps.contain(upright, (size, size), Image.Resampling.BICUBIC)
     page = Image.new("RGBA", (size, size), "white")
@@ -113,15 +116,27 @@ def read_picture(source: Any, size: int) -> np.ndarray:
     return np.asarray(page.convert("RGB"))
 
 
-def _opened(source: Any, draft: int = 0) -> Any:
-    """A Pillow image, upright, of 8 bits; errors as in `read_picture`. ``draft``: at least so many pixels will do."""
+def takes_pictures(model: SetEmbedder) -> bool:
+    """Whether a model can be asked with pictures, not with features of them alone."""
+    return model.config.image.encoder == "pictures" or bool(model.config.image.source)
+
+
+def read_query(model: SetEmbedder, source: Any, most: int) -> np.ndarray:
+    """uint8 ``[H, W, 3]``, what `image_batch` takes; errors as in `read_picture`."""
+    if model.config.image.encoder == "pictures":  # which crops them itself
+        return np.asarray(_opened(source, most=most).convert("RGB"))
+    return read_picture(source, 224, most)
+
+
+def _opened(source: Any, draft: int = 0, most: int = MAX_PIXELS) -> Any:
+    """A Pillow image, upright, of 8 bits; errors as in `read_picture`. ``draft``: a side of so many pixels will do."""
     Image, ImageOps = require("PIL.Image", "demo"), require("PIL.ImageOps", "demo")
     unidentified = require("PIL", "demo").UnidentifiedImageError
     name = str(source) if isinstance(source, (str, Path)) else "the picture"
     try:
         opened = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got {opened.width} x {opened.height}")
+        if opened.width * opened.height > most:
+            raise ValueError(f"{name}: expected at most {most:,} pixels, got {opened.width} x {opened.height}")
         if draft:
             opened.draft("RGB", (draft, draft))
         upright = ImageOps.exif_transpose(opened)

@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f'the server needs {error.name}: pip install "setemb[serve]"') from error
 
-from setemb.inputs import read_picture
+from setemb.inputs import read_query, takes_pictures
 from setemb.packages import require
 from setemb.pages import TEMPLATES, render_page, webp
 from setemb.search import Query, find, queries
@@ -62,8 +62,10 @@ class Limits:
     """Of a request's body."""
     image_bytes: int = 8 << 20
     """Of a picture."""
+    image_pixels: int = 16_000_000
+    """Of a picture: a small file may hold many."""
     requests: int = 8
-    """At once; more are turned away with status 503. One is worked on, the others wait for it."""
+    """To the API, at once; more are turned away with status 503. One is worked on, the others wait for it."""
     body_seconds: float = 15.0
     """In which a body has to arrive."""
 
@@ -91,19 +93,18 @@ def create_app(
     app = FastAPI(title="setemb", docs_url=None, redoc_url=None)
     app.add_middleware(_Guard, limits=limits, hosts=hosts)
     one_at_a_time = Lock()
-    page = render_page("serve.html.j2", items=len(index), limits=limits, takes_pictures=bool(model.config.image.source))
+    asked_with_pictures = takes_pictures(model)
+    page = render_page("serve.html.j2", items=len(index), limits=limits, takes_pictures=asked_with_pictures)
     script = (TEMPLATES / "serve.js").read_text(encoding="utf-8")
 
-    def answer(texts: list[str], images: list[tuple[str, Any]], k: int, pairs: bool) -> dict[str, Any]:
+    def check(k: int) -> None:
         if not 1 <= k <= limits.k:
             raise HTTPException(422, f"k: expected 1 <= k <= {limits.k}, got {k}")
-        try:
-            with one_at_a_time:
-                wanted: list[Query] = queries(model, texts, images)
-                result = find(index, wanted, k, pairs)[0]
-                return result | {"pictures": [index.item(hit["row"]).picture is not None for hit in result["results"]]}
-        except (ValueError, TypeError) as error:
-            raise HTTPException(422, str(error)) from error
+
+    def answer(wanted: list[Query], k: int, pairs: bool) -> dict[str, Any]:
+        """What goes wrong in here is no fault of who asks."""
+        result = find(index, wanted, k, pairs)[0]
+        return result | {"pictures": [index.item(hit["row"]).picture is not None for hit in result["results"]]}
 
     @app.get("/", response_class=HTMLResponse)
     def show() -> str:
@@ -123,7 +124,7 @@ def create_app(
             "items": len(index),
             "similarity": index.similarity,
             "alpha": index.alpha,
-            "pictures_as_queries": bool(model.config.image.source),
+            "pictures_as_queries": asked_with_pictures,
             "limits": asdict(limits),
         }
 
@@ -135,21 +136,27 @@ def create_app(
             )
         if not wanted.query.strip():
             raise HTTPException(422, "query: it must not be empty")
-        return answer([wanted.query], [], wanted.k, wanted.pairs)
+        check(wanted.k)
+        with one_at_a_time:
+            return answer(queries(model, [wanted.query]), wanted.k, wanted.pairs)
 
     @app.post("/api/image")
     async def search_image(request: Request, k: int = 10, pairs: bool = False) -> Any:
         kind = request.headers.get("content-type", "")
         if not kind.startswith("image/"):
             raise HTTPException(415, f"expected a picture, Content-Type image/..., got {kind or 'none'}")
+        check(k)
+        if not asked_with_pictures:
+            raise HTTPException(422, "this model takes features of images, not pictures")
         body = await request.body()
 
         def work() -> dict[str, Any]:
-            try:
-                pixels = read_picture(io.BytesIO(body), 224)
-            except ValueError as error:
-                raise HTTPException(422, str(error)) from error
-            return answer([], [("the picture", pixels)], k, pairs)
+            with one_at_a_time:  # a picture is large while it is read
+                try:
+                    pixels = read_query(model, io.BytesIO(body), limits.image_pixels)
+                except ValueError as error:
+                    raise HTTPException(422, str(error)) from error
+                return answer(queries(model, images=[("the picture", pixels)]), k, pairs)
 
         return await asyncio.to_thread(work)
 
@@ -200,10 +207,11 @@ class _Guard:
         if self.hosts and re.sub(r":\d+$", "", host) not in self.hosts:
             await refuse(400, f"this server is not {host or 'without a name'}")
             return
-        if self.active >= self.limits.requests:
+        counts = scope["path"].startswith("/api")  # the page and its many small pictures do not
+        if counts and self.active >= self.limits.requests:
             await refuse(503, "too many requests at once, try again", {"Retry-After": "1", "Connection": "close"})
             return
-        self.active += 1
+        self.active += counts
         try:
             most = self.limits.image_bytes if scope["path"] == "/api/image" else self.limits.json_bytes
             try:
@@ -225,7 +233,7 @@ class _Guard:
             if not started:
                 await refuse(500, "something went wrong here")
         finally:
-            self.active -= 1
+            self.active -= counts
 
 
 async def _body(scope: Scope, receive: Receive, most: int) -> bytes | None:

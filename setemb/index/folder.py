@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from filelock import FileLock, Timeout
 
-from setemb.checkpoint import write_file
+from setemb.checkpoint import BESIDE, write_file
 from setemb.index.segments import Block, Segment, SegmentWriter, read_segment
 
 FORMAT = "setemb-index"
@@ -29,7 +29,9 @@ VERSION = 2
 LOCK_SECONDS = 60.0
 """How long a writer waits for another."""
 
-_OURS = re.compile(r"(segment|model|new)-[0-9a-f]{16}|deleted-[0-9a-f]{16}\.npy|\.lock|\.index\.json\..+|index\.json")
+_OURS = re.compile(
+    rf"(segment|model|new)-[0-9a-f]{{16}}|deleted-[0-9a-f]{{16}}\.npy|\.lock|index\.json|\.index\.json{BESIDE}"
+)
 _VERSION_1 = ("vectors.npy", "pictures.npy", "items.jsonl", "model")
 
 
@@ -74,7 +76,14 @@ def read_segments(folder: Path, description: Mapping[str, Any], contents: bool) 
     result = []
     for entry in description["segments"]:
         segment = read_segment(
-            folder / entry["folder"], entry["sets"], entry["vectors"], description["features"], description["dtype"]
+            folder / entry["folder"],
+            entry["sets"],
+            entry["vectors"],
+            description["features"],
+            description["dtype"],
+            # not by what is there: a writer may be removing it
+            mask=f"{entry['folder']}/mask.npy" in description["files"],
+            pictures=f"{entry['folder']}/pictures.npy" in description["files"],
         )
         if entry["deleted"] is not None:
             path = folder / entry["deleted"]

@@ -150,8 +150,9 @@ class SetIndex:
         segment, at = self._place(row)
         id_, meta = segment.lines[at]
         vectors, mask = segment.decoded(slice(at, at + 1))
-        picture = None if segment.pictures is None else np.asarray(segment.pictures[at])
-        return Item(id_, meta, vectors[0] if mask is None else vectors[0, mask[0]], picture)
+        # copies: what is stored may be a map that must not be written
+        picture = None if segment.pictures is None else np.array(segment.pictures[at])
+        return Item(id_, meta, vectors[0].clone() if mask is None else vectors[0, mask[0]], picture)
 
     def get(self, id_: str) -> Item:
         """The item of this id.
@@ -199,20 +200,21 @@ class SetIndex:
     @torch.inference_mode()
     def search(
         self,
-        queries: Tensor | SetOutput,
+        queries: Tensor | np.ndarray | SetOutput,
         k: int = 10,
         block: int | None = None,
-        query_mask: Tensor | None = None,
+        query_mask: Tensor | np.ndarray | None = None,
     ) -> SearchResult:
         """The k best items for each query set; of items with one score, the one with the lowest row comes first.
 
         Args:
-            queries: ``[Q, L, D]`` (L may differ from K), or what `SetEmbedder.encode_text` returns.
+            queries: ``[Q, L, D]`` (L may differ from K), torch or numpy, or what `SetEmbedder.encode_text` returns.
             k: results a query; at most the size of the index are returned.
             block: items compared at a time; memory grows with it, results do not depend on it.
             query_mask: bool ``[Q, L]``, True = valid.
 
         Raises:
+            TypeError: queries are no tensor and no array.
             ValueError: wrong shape of queries, a query that is not finite, k or block below 1.
         """
         queries, query_mask = self._queries(queries, query_mask)
@@ -233,8 +235,14 @@ class SetIndex:
         scores, rows = merged(parts(), min(k, len(self)), len(queries))
         return SearchResult(scores, rows, [[self._id(row) for row in of_query] for of_query in rows.tolist()])
 
-    def _queries(self, queries: Tensor | SetOutput, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        queries = (queries.embeddings if isinstance(queries, SetOutput) else queries).detach().cpu().float()
+    def _queries(
+        self, given: Tensor | np.ndarray | SetOutput, mask: Tensor | np.ndarray | None
+    ) -> tuple[Tensor, Tensor | None]:
+        given = given.embeddings if isinstance(given, SetOutput) else given
+        for name, value in (("queries", given), ("query_mask", mask)):
+            if not isinstance(value, (Tensor, np.ndarray)) and (name == "queries" or value is not None):
+                raise TypeError(f"{name} must be a tensor or a numpy array, got {type(value).__name__}")
+        queries, mask = as_tensor(given).detach().cpu().float(), None if mask is None else as_tensor(mask).cpu()
         if queries.ndim != 3 or (self.features is not None and queries.shape[2] != self.features):
             features = "D" if self.features is None else self.features
             raise ValueError(f"queries must have shape [Q, L, {features}], got {list(queries.shape)}")
@@ -365,7 +373,7 @@ class SetIndex:
         with writing(Path(folder).resolve()) as revision:
             segments = write_segments(revision, intake.blocks(items), dtype)
             result.features = intake.features
-            result._commit(revision, segments, result._keep_model(revision, model))
+            result._commit(revision, [], segments, result._keep_model(revision, model))
         return result
 
     @classmethod
@@ -405,16 +413,16 @@ class SetIndex:
                         f"{target} was changed by another process since revision {self._read['revision']} was loaded: "
                         "load it again"
                     )
-            stored: list[dict[str, Any]] = []
+            stored: list[tuple[Segment, dict[str, Any]]] = []
             if compact:
                 size = max((segment.vectors.shape[1] for segment in self._segments), default=0)
                 blocks = (padded(block, size) for segment in self._segments for block in segment.blocks(AT_ONCE))
             else:
-                stored = [self._kept(revision, segment) for segment in self._segments if segment.name and segment.live]
+                stored = [(s, self._kept(revision, s)) for s in self._segments if s.name and s.live]
                 new = [segment for segment in self._segments if segment.name is None]
                 blocks = (block for segment in new for block in segment.blocks(AT_ONCE))
             name = self._keep_model(revision, model)
-            self._commit(revision, stored + write_segments(revision, blocks, self.dtype), name)
+            self._commit(revision, stored, write_segments(revision, blocks, self.dtype), name)
 
     def _kept(self, revision: Revision, segment: Segment) -> dict[str, Any]:
         """The entry of a segment that is in the folder, with what is deleted of it now."""
@@ -437,21 +445,30 @@ class SetIndex:
             path = Path(shutil.copytree(self.model_folder, revision.beside()))
         return revision.keep(path, "model", listed=False)
 
-    def _commit(self, revision: Revision, segments: list[dict[str, Any]], model: str | None) -> None:
-        """Makes it the present revision, and this object one of what is in the folder now."""
-        description = revision.commit(
-            {
-                "setemb": __version__,
-                "similarity": self.similarity,
-                "alpha": self.alpha,
-                "dtype": self.dtype,
-                "features": self.features,
-                "segments": segments,
-                "model": model,
-            }
-        )
-        self.folder, self._read, self._rows = revision.folder, description, None
-        self._segments = read_segments(revision.folder, description, contents=False)
+    def _commit(
+        self,
+        revision: Revision,
+        stored: list[tuple[Segment, dict[str, Any]]],
+        new: list[dict[str, Any]],
+        model: str | None,
+    ) -> None:
+        """Makes it the present revision, and this object one of what is in the folder now.
+
+        Segments that stay are not mapped again. The new ones are mapped first: once the revision has changed, nothing
+        is left that may fail.
+        """
+        description = {
+            "setemb": __version__,
+            "similarity": self.similarity,
+            "alpha": self.alpha,
+            "dtype": self.dtype,
+            "features": self.features,
+            "model": model,
+        }
+        added = read_segments(revision.folder, description | {"files": revision.files, "segments": new}, contents=False)
+        read = revision.commit(description | {"segments": [*(entry for _, entry in stored), *new]})
+        self.folder, self._read, self._rows = revision.folder, read, None
+        self._segments = [*(segment for segment, _ in stored), *added]
 
 
 def _twice(ids: Sequence[str]) -> str:

@@ -70,13 +70,14 @@ class Intake:
         if not isinstance(one, (Tensor, np.ndarray)):
             raise TypeError(f"the set of {id_!r} must be a tensor or a numpy array, got {type(one).__name__}")
         one = as_tensor(one).detach().cpu()
-        if one.ndim == 2 and self.features is None:
-            self.features = one.shape[1]
-        if one.ndim != 2 or len(one) == 0 or one.shape[1] != self.features or not one.is_floating_point():
+        features = one.shape[1] if one.ndim == 2 and self.features is None else self.features
+        if one.ndim != 2 or 0 in one.shape or one.shape[1] != features or not one.is_floating_point():
+            size, least = (self.features, "k") if self.features is not None else ("D", "k, D")
             raise ValueError(
-                f"the set of {id_!r} must be floats [k, {self.features or 'D'}] with k >= 1, "
+                f"the set of {id_!r} must be floats [k, {size}] with {least} >= 1, "
                 f"got {str(one.dtype).removeprefix('torch.')} {list(one.shape)}"
             )
+        self.features = features
         if self.similarity == "cosine" and len(one) != 1:
             raise ValueError(f'similarity "cosine" compares sets of one vector, that of {id_!r} has {len(one)}')
         return one.float()

@@ -177,7 +177,7 @@ class LanceIndex:
     @torch.inference_mode()
     def search(
         self,
-        queries: Tensor | SetOutput,
+        queries: Tensor | np.ndarray | SetOutput,
         k: int = 10,
         *,
         candidates: int | None = None,
@@ -214,13 +214,13 @@ class LanceIndex:
             scores[at, : len(values)], rows[at, : len(found)] = values, found
         return SearchResult(scores, rows, [names for _, _, names in parts])
 
-    def recall(self, queries: Tensor | SetOutput, k: int = 10, **settings: Any) -> float:
+    def recall(self, queries: Tensor | np.ndarray | SetOutput, k: int = 10, **settings: Any) -> float:
         """Of the k items that exact search finds, the share that `search` with these settings finds."""
         truth, found = self.search(queries, k, exact=True), self.search(queries, k, **settings)
         wanted = sum(len(ids) for ids in truth.ids)
         return sum(len(set(a) & set(b)) for a, b in zip(truth.ids, found.ids, strict=True)) / max(1, wanted)
 
-    def _queries(self, queries: Tensor | SetOutput) -> Tensor:
+    def _queries(self, queries: Tensor | np.ndarray | SetOutput) -> Tensor:
         like = SetIndex.empty(self.similarity, self.alpha)
         like.features = self.features
         return like._queries(queries, None)[0]
@@ -241,20 +241,17 @@ class LanceIndex:
         return values[0], rows[at[0]], [names[i] for i in at[0].tolist()]
 
     def _of_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, list[list[str]]]:
-        names: dict[int, str] = {}
-
-        def parts() -> Iterator[tuple[Tensor, Tensor]]:
-            everything = self.table.search().select(["id", "vectors"]).with_row_id(True)
-            for batch in everything.to_batches(batch_size=_AT_ONCE):
-                if batch.num_rows and len(queries):
-                    values, at = self._best(queries, batch, k)
-                    rows = torch.from_numpy(batch["_rowid"].to_numpy().astype(np.int64))[at]
-                    ids = batch["id"]
-                    pairs = zip(rows.flatten().tolist(), at.flatten().tolist(), strict=True)
-                    names.update((row, ids[i].as_py()) for row, i in pairs)
-                    yield values, rows
-
-        scores, rows = merged(parts(), k, len(queries))
+        names: dict[int, str] = {}  # of the best so far
+        scores, rows = merged(iter([]), k, len(queries))
+        everything = self.table.search().select(["id", "vectors"]).with_row_id(True)
+        for batch in everything.to_batches(batch_size=_AT_ONCE):
+            if batch.num_rows and len(queries):
+                values, at = self._best(queries, batch, k)
+                numbers = torch.from_numpy(batch["_rowid"].to_numpy().astype(np.int64))
+                scores, rows = merged(iter([(scores, rows), (values, numbers[at])]), k, len(queries))
+                place = {row: i for i, row in enumerate(numbers.tolist())}
+                best = set(rows.flatten().tolist())
+                names = {row: names[row] if row in names else batch["id"][place[row]].as_py() for row in best}
         return scores, rows, [[names[row] for row in of_query] for of_query in rows.tolist()]
 
     def _best(self, queries: Tensor, found: Any, k: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,8 +269,13 @@ class SegmentWriter:
             self._mask.path.unlink()
 
 
-def read_segment(folder: Path, count: int, size: int, features: int, dtype: str) -> Segment:
+def read_segment(
+    folder: Path, count: int, size: int, features: int, dtype: str, *, mask: bool, pictures: bool
+) -> Segment:
     """Maps the files of one segment.
+
+    Args:
+        mask, pictures: whether it has these files.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -278,8 +286,7 @@ def read_segment(folder: Path, count: int, size: int, features: int, dtype: str)
     def array(name: str, expected: str, *shape: int) -> np.ndarray:
         path = folder / name
         try:
-            # Shared and read-only, so that what is larger than memory can be mapped too.
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
+            found = _array(path)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} was altered: {error}") from error
         if found.dtype.str != expected or found.shape[: len(shape)] != shape:
@@ -293,8 +300,31 @@ def read_segment(folder: Path, count: int, size: int, features: int, dtype: str)
     return Segment(
         vectors.view(kind) if dtype == "bfloat16" else vectors,
         as_tensor(array("scale.npy", "<f4", count, size)) if dtype == "int8" else None,
-        as_tensor(array("mask.npy", "|b1", count, size)) if (folder / "mask.npy").exists() else None,
-        Lines(np.memmap(items, np.uint8, "r"), array("offsets.npy", "<i8", count + 1), str(items)),
-        array("pictures.npy", "|u1", count) if (folder / "pictures.npy").exists() else None,
+        as_tensor(array("mask.npy", "|b1", count, size)) if mask else None,
+        Lines(_mapped(items), array("offsets.npy", "<i8", count + 1), str(items)),
+        array("pictures.npy", "|u1", count) if pictures else None,
         name=folder.name,
     )
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """Shared and read-only, so that what is larger than memory can be mapped too."""
+    with path.open("rb") as file:
+        if sys.version_info >= (3, 13):  # before, a map keeps a file descriptor
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _array(path: Path) -> np.ndarray:
+    """A .npy file of numbers, as `_Array` writes it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    data = _mapped(path)
+    if (version := np.lib.format.read_magic(data)) != (1, 0):
+        raise ValueError(f"it is of .npy version {version}, expected (1, 0)")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(data)
+    if fortran or dtype.hasobject:
+        raise ValueError(f"it does not hold numbers in row order: {dtype.str}, fortran_order {fortran}")
+    return np.frombuffer(data, dtype, math.prod(shape), data.tell()).reshape(shape)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from setemb.files import as_tensor
 from setemb.modules import SetOutput
 from setemb_kernels import set_topk
 from setemb_kernels.retrieval import TopK
@@ -53,13 +55,13 @@ def sharded_topk(
             return queries.new_empty((len(queries), 0), dtype=dtype), queries.new_empty((len(queries), 0)).long()
         return set_topk(queries, gallery, min(k, len(gallery)), **arguments)
 
-    return _merged(queries, len(gallery), k, own, group)
+    return _merged(queries, gallery, k, own, group)
 
 
 @torch.inference_mode()
 def sharded_search(
     index: SetIndex,
-    queries: Tensor | SetOutput,
+    queries: Tensor | np.ndarray | SetOutput,
     k: int = 10,
     *,
     query_mask: Tensor | None = None,
@@ -79,13 +81,17 @@ def sharded_search(
     from setemb.index.index import SearchResult
 
     sets = queries.embeddings if isinstance(queries, SetOutput) else queries
+    try:
+        asked = as_tensor(sets).detach().cpu().float()
+    except Exception:  # the search says why, and the others are told
+        asked = torch.empty(0)
     found: list[SearchResult] = []
 
     def own() -> tuple[Tensor, Tensor]:
         found.append(index.search(sets, k, block, query_mask))
         return found[0].scores, found[0].rows
 
-    best = _merged(sets.detach().cpu().float(), len(index), k, own, group, at_most=True)
+    best = _merged(asked, index, k, own, group, at_most=True)
     own_names = {
         row: id_
         for rows, ids in zip(found[0].rows.tolist(), found[0].ids, strict=True)
@@ -97,26 +103,27 @@ def sharded_search(
 
 def _merged(
     queries: Tensor,
-    size: int,
+    part: Sized,
     k: int,
     own: Callable[[], tuple[Tensor, Tensor]],
     group: dist.ProcessGroup | None,
     at_most: bool = False,
 ) -> TopK:
     error: Exception | None = None
+    told = [0, 0, 0, 0, 0]
     try:
         values, rows = own()
-    except (TypeError, ValueError) as refused:
-        error, values, rows = refused, torch.empty(0), torch.empty(0)
+        told = [1, len(part), k, len(queries), _mark(queries)]
+    except Exception as failed:  # whatever it is, the others wait for this rank
+        error, values, rows = failed, torch.empty(0), torch.empty(0)
     # All tell whether they go on before anything large is sent: one that gave up alone would leave the others waiting.
-    told = [0, 0, 0, 0, 0] if error is not None else [1, size, k, len(queries), _mark(queries)]
     device = queries.device if isinstance(queries, Tensor) else "cpu"
     everyone = torch.stack(_gathered(torch.tensor(told, dtype=torch.int64, device=device), group)).tolist()
     if error is not None:
         raise error
     for rank, (good, _, *asked) in enumerate(everyone):
         if not good:
-            raise RuntimeError(f"rank {rank} refused what it was given; it says why")
+            raise RuntimeError(f"rank {rank} failed; it says why")
         if asked != told[2:]:
             raise ValueError(f"queries and k must be the same on all ranks, rank {rank} has others")
     sizes = [rank[1] for rank in everyone]
@@ -128,8 +135,11 @@ def _merged(
     padded = values.new_full((len(queries), room), -torch.inf), rows.new_full((len(queries), room), -1)
     padded[0][:, : values.shape[1]] = values
     padded[1][:, : rows.shape[1]] = torch.where(rows < 0, rows, rows + sum(sizes[:place]))
+    all_values, all_rows = (torch.cat(_gathered(one, group), 1) for one in padded)
+    # What pads stands last: a set may be at -inf too.
+    order = (all_rows < 0).to(torch.int8).argsort(dim=1, stable=True)
+    all_values, all_rows = all_values.gather(1, order), all_rows.gather(1, order)
     # Ranks stand in their order, so a stable sort gives ties to the lowest place.
-    all_values, all_rows = (torch.cat(_gathered(part, group), 1) for part in padded)
     all_values, order = all_values.sort(dim=1, descending=True, stable=True)
     wanted = min(k, whole)
     return TopK(all_values[:, :wanted], all_rows.gather(1, order[:, :wanted]))

@@ -1,7 +1,7 @@
 """What the crash test's processes run: a writer that dies at a point or at a moment, a reader that looks all the time.
 
-An index holds numbers: item i has the vectors of `one` (i). `state` says of a folder which numbers it holds, having
-checked all of it.
+An index holds numbers: item i has the vectors of `one` (i), two or three, and the picture `pixels` (i). `state` says of
+a folder which numbers it holds, having checked all of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from setemb.index import SetIndex
@@ -21,11 +22,16 @@ WRITES_INTO = 99
 
 
 def one(number: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(2, D, generator=torch.Generator().manual_seed(number)), dim=-1)
+    generator = torch.Generator().manual_seed(number)
+    return torch.nn.functional.normalize(torch.randn(2 + number % 2, D, generator=generator), dim=-1)
 
 
-def records(numbers: list[int]) -> list[tuple[str, torch.Tensor, dict[str, Any]]]:
-    return [(str(i), one(i), {"number": i}) for i in numbers]
+def pixels(number: int) -> np.ndarray:
+    return np.full((2, 3, 3), number % 256, np.uint8)
+
+
+def records(numbers: list[int]) -> list[tuple[str, torch.Tensor, dict[str, Any], np.ndarray]]:
+    return [(str(i), one(i), {"number": i}, pixels(i)) for i in numbers]
 
 
 def state(folder: Path) -> list[int] | None:
@@ -41,6 +47,7 @@ def state(folder: Path) -> list[int] | None:
         item = index.item(row)
         assert item.meta == {"number": numbers[row]}
         torch.testing.assert_close(item.vectors, one(numbers[row]))
+        assert np.array_equal(item.picture, pixels(numbers[row]))  # type: ignore[arg-type]
         assert [numbers[row]] == [int(id_) for id_ in index.search(item.vectors[None], 1).ids[0]]
     return numbers
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +205,115 @@ def test_an_added_item_is_refused_as_a_whole(tmp_path: Path) -> None:
         index.save()
     with pytest.raises(IndexError, match="expected 0 <= row < 8, got 8"):
         index.item(8)
+
+
+def test_sets_without_features_are_refused() -> None:
+    index = SetIndex.empty()
+    with pytest.raises(ValueError, match=r"the set of 'x' must be floats \[k, D\] with k, D >= 1, got float32 \[2, 0"):
+        index.add([("x", torch.zeros(2, 0))])
+    index.add([("x", torch.zeros(2, 3))])
+    assert index.features == 3
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_an_item_holds_may_be_changed(tmp_path: Path, dtype: str, mapped: bool) -> None:
+    """It is a copy: neither the index nor a file changes, and no map that is read-only is written to."""
+    index = SetIndex.empty(dtype=dtype)
+    picture = np.full((2, 2, 3), 7, np.uint8)
+    index.add([("a", one_set(0, 2), {}, picture), ("b", one_set(1, 2), {}, picture)])
+    if mapped:
+        index.save(tmp_path / "index")
+    item, before = index.item(1), index.search(one_set(1, 2)[None], 2)
+    # before it is written to: of a map, that would end the process
+    vectors = index._segments[0].vectors
+    assert item.vectors.untyped_storage().data_ptr() != vectors.untyped_storage().data_ptr()
+    kept = item.vectors.clone()
+    item.vectors.mul_(-3)
+    item.picture[:] = 0  # type: ignore[index]
+    assert torch.equal(index.item(1).vectors, kept)
+    assert np.array_equal(index.item(1).picture, picture)  # type: ignore[arg-type]
+    assert torch.equal(index.search(one_set(1, 2)[None], 2).scores, before.scores)
+
+
+def test_queries_may_be_of_numpy() -> None:
+    index = SetIndex.empty()
+    index.add(records(range(9)))
+    queries, mask = torch.stack([one_set(-1, 3), one_set(-2, 3)]), torch.tensor([[True, False, True], [True] * 3])
+    for given, expected in (((), ()), ((mask.numpy(),), (mask,))):
+        found = index.search(queries.numpy(), 4, None, *given)
+        assert found.ids == index.search(queries, 4, None, *expected).ids
+    with pytest.raises(TypeError, match="queries must be a tensor or a numpy array, got list"):
+        index.search(queries.tolist())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="query_mask must be a tensor or a numpy array, got list"):
+        index.search(queries, query_mask=mask.tolist())  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc: Linux only")
+def test_many_saves_map_what_is_new_alone(tmp_path: Path) -> None:
+    """Of Python before 3.13 a map keeps a file open. Where no more may be, a save changes nothing, and works later."""
+    folder = tmp_path / "index"
+    index = SetIndex.build(folder, records(range(3)))
+    first, (soft, hard) = index._segments[0], resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def opened() -> set[int]:
+        return {int(fd) for fd in os.listdir("/proc/self/fd")}
+
+    start = opened()
+    most = next(n for n in range(50, soft) if n - sum(fd < n for fd in start) == 50)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    saved, failed = 3, 0
+    try:
+        for i in range(3, 33):
+            index.add(records(range(i, i + 1)))
+            try:
+                index.save()
+            except OSError as error:
+                failed = error.errno or -1
+                break
+            saved = i + 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert index._segments[0] is first
+    segments = len(list(folder.glob("segment-*")))
+    assert failed == (errno.EMFILE if sys.version_info < (3, 13) else 0)
+    if failed:
+        assert segments >= 14, "at 3 files each, none of them open twice, 50 are enough"
+        check(SetIndex.load(folder, verify=True), list(range(saved)), "float32")
+    index.save()
+    check(SetIndex.load(folder, verify=True), list(range(len(index))), "float32")
+    check(index, list(range(len(index))), "float32")
+    assert len(index) == saved + bool(failed)
+    assert not list(folder.glob("new-*"))
+
+
+def test_a_save_that_cannot_map_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **more: Any) -> None:
+        raise OSError("no more maps")
+
+    index = SetIndex.build(tmp_path / "index", records(range(3)))
+    before = sorted(path.name for path in (tmp_path / "index").iterdir())
+    for change in (index.save, index.compact):
+        index.add(records(range(len(index), len(index) + 1)))
+        monkeypatch.setattr(index_module, "read_segments", broken)
+        with pytest.raises(OSError, match="no more maps"):
+            change()
+        monkeypatch.undo()
+        assert sorted(path.name for path in (tmp_path / "index").iterdir()) == before
+        check(SetIndex.load(tmp_path / "index", verify=True), [0, 1, 2], "float32")
+    index.save()
+    check(SetIndex.load(tmp_path / "index", verify=True), [0, 1, 2, 3, 4], "float32")
+    index.save()
+
+
+def test_files_that_look_like_leftovers_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    index = SetIndex.build(folder, records(range(3)))
+    for name in (".index.json.swp", ".index.json.kate-swp", ".index.json.a1b2c3d_"):
+        (folder / name).write_text("")
+    index.delete(["größe/1"])
+    index.save()
+    assert sorted(path.name for path in folder.glob(".index*")) == [".index.json.kate-swp", ".index.json.swp"]
 
 
 def test_pictures_are_kept(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from setemb.index import SetIndex
+from setemb.index import folder as folder_module
 from tests.index import crash
 
 
@@ -129,7 +131,7 @@ def test_killed_at_any_moment(processes: Any, folder: Path) -> None:
 def test_two_read_while_one_writes(processes: Any, folder: Path) -> None:
     """Each load is one revision, whole; what was loaded before stays as it was, though its files are gone."""
     early = SetIndex.load(folder)
-    queries = torch.stack([crash.one(i) for i in (4, 21)])
+    queries = torch.stack([crash.one(i) for i in (4, 20)])
     before = early.search(queries, 8)
     stop = processes.Event()
     counts = [processes.Value("i", 0) for _ in range(2)]
@@ -152,6 +154,41 @@ def test_two_read_while_one_writes(processes: Any, folder: Path) -> None:
     assert again.ids == before.ids
     assert torch.equal(again.scores, before.scores)
     assert early.item(0).meta == {"number": 0}
+
+
+@pytest.mark.parametrize("name", ["mask.npy", "pictures.npy", "vectors.npy", "items.jsonl"])
+def test_what_a_writer_is_removing_is_not_read_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A reader comes between: of the old segment one file is gone already."""
+    folder = tmp_path / "index"
+    SetIndex.build(folder, crash.records(list(range(10))))
+    real, calls = folder_module.read_segment, 0
+
+    def late(path: Path, *arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            shutil.copytree(path, tmp_path / "old")
+            crash.change(folder, "build")
+            shutil.copytree(tmp_path / "old", path)
+            (path / name).unlink()
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(folder_module, "read_segment", late)
+    assert crash.state(folder) == list(range(10, 40))
+    assert calls == 3, "the old segment, the new one by its writer, and again by the reader"
+
+
+def test_files_that_are_not_listed_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    SetIndex.build(folder, [(str(i), torch.eye(4)[:2]) for i in range(3)])
+    (segment,) = folder.glob("segment-*")
+    np.save(segment / "mask.npy", np.array([[True, False]] * 3))
+    np.save(segment / "pictures.npy", np.zeros((3, 2, 2, 3), np.uint8))
+    item = SetIndex.load(folder).item(0)
+    assert torch.equal(item.vectors, torch.eye(4)[:2])
+    assert item.picture is None
 
 
 def _reads(folder: Path, stop: Any, count: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,65 @@ def test_one_query_in_one_line(collection: Path) -> None:
     ):
         with pytest.raises(error, match=message):
             call_()
+
+
+def test_an_index_that_is_replaced_meanwhile_is_loaded_again(collection: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the index and its model comes a rebuild, which removes the model that was there."""
+    from setemb.index import SetIndex
+
+    arguments = ("index", collection / "model", "--data", collection, "--out", collection / "index")
+    assert call(*arguments)[0] == 0
+    real, loads = SetIndex.load.__func__, 0  # type: ignore[attr-defined]
+
+    def load(cls: type[SetIndex], *given: object, **more: object) -> SetIndex:
+        nonlocal loads
+        loads += 1
+        index: SetIndex = real(cls, *given, **more)
+        if loads == 1:
+            assert call(*arguments, "--of", "texts")[0] == 0
+        return index
+
+    monkeypatch.setattr(SetIndex, "load", classmethod(load))
+    code, output = call("search", "--index", collection / "index", "-k", "60", "--json", "thing 3")
+    assert code == 0, output
+    assert len(json.loads(output)[0]["results"]) == 60, "the captions, which came later"
+    assert loads == 2
+    (model,) = (collection / "index").glob("model-*")
+    (model / "config.json").unlink()
+    code, output = call("search", "--index", collection / "index", "thing 3")
+    assert code == 2
+    assert "config.json" in output
+
+
+def test_another_model_may_be_a_checkpoint(collection: Path) -> None:
+    from setemb.checkpoint import save_checkpoint
+    from setemb.config import Config
+    from setemb.model import SetEmbedder
+
+    model = SetEmbedder.from_pretrained(collection / "model")
+    assert model.vocabulary is not None
+    about = {"config": asdict(Config(model=model.config)), "vocabulary": model.vocabulary.to_text()}
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint({"setemb": about, "state_dict": state}, collection / "best.safetensors")
+    call("index", collection / "model", "--data", collection, "--out", collection / "index")
+    found = []
+    for path in ("model", "best.safetensors"):
+        search = ("search", "--index", collection / "index", "--model", collection / path, "--json", "thing 3")
+        code, output = call(*search)
+        assert code == 0, output
+        found.append(json.loads(output))
+    assert found[0] == found[1]
+    code, output = call("search", "--index", collection / "index", "--model", collection / "absent", "thing 3")
+    assert code == 2
+    assert f"no checkpoint {collection / 'absent'}" in output
+
+
+def test_half_and_another_dtype_are_refused(collection: Path) -> None:
+    arguments = ("index", collection / "model", "--data", collection, "--out", collection / "index", "--half")
+    code, output = call(*arguments, "--dtype", "int8")
+    assert code == 2
+    assert "--half is --dtype float16: it cannot be with --dtype int8" in output
+    assert call(*arguments, "--dtype", "float16")[0] == 0
 
 
 def test_the_index_holds_what_the_model_says(collection: Path) -> None:

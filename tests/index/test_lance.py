@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,24 @@ def test_ties_go_to_the_lowest_row(tmp_path: Path) -> None:
     index = LanceIndex.build(tmp_path / "db", [(str(i), axes[[axis]]) for i, axis in enumerate([2, 0, 1, 0, 0, 3])])
     for exact in (False, True):
         assert index.search(axes[:1][None], 5, exact=exact).ids == [["1", "3", "4", "0", "2"]]
+
+
+def test_exact_search_keeps_the_names_of_the_best_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 100_000
+    items = [(f"{i:0{size}}", one_set(i)) for i in range(200)]
+    index, queries = LanceIndex.build(tmp_path / "db", items), torch.stack([one_set(-1, 3)])
+    monkeypatch.setattr("setemb.index.lance._AT_ONCE", 10)
+    index.search(queries, 5, exact=True)
+    tracemalloc.start()
+    try:
+        found = index.search(queries, 5, exact=True)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    mine = SetIndex.empty()
+    mine.add(items)
+    assert found.ids == mine.search(queries, 5).ids
+    assert most < 30 * size, "5 names of 200, and a few while they are chosen"
 
 
 def test_pictures_are_kept(tmp_path: Path) -> None:

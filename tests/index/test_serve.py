@@ -8,10 +8,12 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,10 +63,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def client(folder: Path, **limits: Any) -> TestClient:
+def client(folder: Path, source: str = "", **limits: Any) -> TestClient:
+    """``source``: of a model that takes pictures."""
     index = SetIndex.load(folder)
     assert index.model_folder is not None
     model = SetEmbedder.from_pretrained(index.model_folder)
+    model.config.image.source = source
     app = create_app(index, model, limits=Limits(**limits), hosts=("testserver",))
     return TestClient(app, raise_server_exceptions=False)
 
@@ -122,10 +126,8 @@ PNG = {"Content-Type": "image/png"}
         ("/api/search", {"json": {"query": "a" * 20_000}}, 413, "the body: expected at most 16,384 bytes"),
         ("/api/image", {"content": b"x" * (8 << 20 | 1), "headers": PNG}, 413, "expected at most 8,388,608 bytes"),
         ("/api/image", {"content": picture()}, 415, "expected a picture, Content-Type image/..., got none"),
-        ("/api/image", {"content": b"no picture", "headers": PNG}, 422, "the picture is no picture that can be read"),
         ("/api/image", {"content": picture(), "headers": PNG}, 422, "this model takes features of images"),
         ("/api/image?k=x", {"content": picture(), "headers": PNG}, 422, "k: Input should be a valid integer"),
-        ("/api/image", {"content": picture((10_000, 6000)), "headers": PNG}, 422, "at most 50,000,000 pixels"),
         ("/api/nothing", {"json": {}}, 404, "Not Found"),
     ],
 )
@@ -137,6 +139,58 @@ def test_what_it_refuses_is_one_sentence(
     assert message in answer.json()["error"]
     assert "\n" not in answer.json()["error"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("query", "content", "message"),
+    [
+        ("", b"no picture", "the picture is no picture that can be read: it is none of PNG"),
+        ("", picture((5000, 4000)), "the picture: expected at most 16,000,000 pixels, got 5000 x 4000"),
+        ("?k=101", picture(), "k: expected 1 <= k <= 100, got 101"),
+    ],
+    ids=["no picture", "pixels", "k"],
+)
+def test_pictures_that_are_refused(folder: Path, query: str, content: bytes, message: str) -> None:
+    answer = client(folder, "efficientnet-lite0").post(f"/api/image{query}", content=content, headers=PNG)
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]
+
+
+def test_pictures_are_decoded_one_at_a_time_where_they_are_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding takes far more memory than the file: where it is in vain it is left out."""
+    from setemb import serve
+
+    active, most = 0, 0
+
+    def decode(*arguments: Any) -> np.ndarray:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        time.sleep(0.1)
+        active -= 1
+        raise ValueError("decoded")
+
+    monkeypatch.setattr(serve, "read_picture", decode)
+
+    async def scene(source: str) -> list[str]:
+        transport = httpx2.ASGITransport(app=client(folder, source).app)  # type: ignore[arg-type]
+        async with httpx2.AsyncClient(transport=transport, base_url="http://testserver", timeout=60) as asking:
+            several = (asking.post("/api/image", content=picture(), headers=PNG) for _ in range(4))
+            return [answer.json()["error"] for answer in await asyncio.gather(*several)]
+
+    assert asyncio.run(scene("")) == ["this model takes features of images, not pictures"] * 4
+    assert most == 0
+    assert asyncio.run(scene("efficientnet-lite0")) == ["decoded"] * 4
+    assert most == 1
+
+
+def test_a_damaged_index_is_no_fault_of_who_asks(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (path,) = copy.glob("*/items.jsonl")
+    path.write_bytes(path.read_bytes().replace(b'"id"', b'"xx"'))
+    answer = client(copy).post("/api/search", json={"query": TEXTS[0]})
+    assert (answer.status_code, answer.json()) == (500, {"error": "something went wrong here"})
 
 
 def test_other_refusals(folder: Path) -> None:
@@ -190,6 +244,8 @@ def test_too_many_at_once_are_turned_away(folder: Path, monkeypatch: pytest.Monk
             assert refused.status_code == 503
             assert refused.headers["retry-after"] == "1"
             assert "too many requests" in refused.json()["error"]
+            for path in ("/picture/4", "/"):  # a page asks for many of these, and they are not searches
+                assert (await asking.get(path)).status_code == 200
             assert not any(task.done() for task in two)
             go_on.set()
             assert [answer.status_code for answer in await asyncio.gather(*two)] == [200, 200]

@@ -83,6 +83,32 @@ def test_in_one_process_it_is_set_topk() -> None:
     assert sharded_search(index, x, 100).ids == index.search(x, 100).ids
 
 
+def nothing_valid(rank: int, bounds: list[int]) -> Any:
+    """Under "max" a query of which all is masked is at -inf of every set."""
+    part = slice(bounds[rank], bounds[rank + 1])
+    index = SetIndex(sets(37, 2)[part], [f"ä{i}" for i in range(37)][part], similarity="max")
+    result = sharded_search(index, sets(2, 1), 6, query_mask=torch.tensor([[True] * 3, [False] * 3]))
+    return result.scores, result.rows, result.ids
+
+
+def test_a_query_of_nothing_finds_what_it_finds_in_one_process(tmp_path: Path) -> None:
+    expected = nothing_valid(0, [0, 37])
+    assert expected[0][1].isneginf().all()
+    for found in run(nothing_valid, 3, tmp_path, [0, 2, 2, 37]):
+        assert found[2] == expected[2]
+        assert torch.equal(found[1], expected[1])
+
+
+def test_queries_may_be_of_numpy() -> None:
+    index = SetIndex(sets(37, 2), [str(i) for i in range(37)])
+    assert sharded_search(index, sets(5, 1).numpy(), 4).ids == index.search(sets(5, 1), 4).ids
+
+
+class Broken(SetIndex):
+    def search(self, *arguments: Any, **more: Any) -> Any:
+        raise OSError("the disk is gone")
+
+
 def wrong(rank: int, what: str) -> str:
     x, y = sets(5, 1), sets(10, 2)
     try:
@@ -96,7 +122,11 @@ def wrong(rank: int, what: str) -> str:
             sharded_topk(x, y[:, :, : D - rank], 3)
         elif what == "nan":
             sharded_search(SetIndex(y, list("abcdefghij")), x * (torch.nan if rank == 2 else 1), 3)
-    except (ValueError, RuntimeError) as error:
+        elif what == "disk":
+            sharded_search((Broken if rank == 1 else SetIndex)(y, list("abcdefghij")), x, 3)
+        elif what == "list":
+            sharded_search(SetIndex(y, list("abcdefghij")), x.tolist() if rank == 0 else x, 3)  # type: ignore[arg-type]
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -107,8 +137,10 @@ def wrong(rank: int, what: str) -> str:
         ("k", ["ValueError: k: expected 1 <= k <= 30, the sets of all ranks, got 31"] * 3),
         ("queries", ["ValueError: queries and k must be the same on all ranks, rank 1 has others"]),
         ("count", ["ValueError: queries and k must be the same on all ranks, rank 1 has others"]),
-        ("one", ["RuntimeError: rank 1 refused what it was given; it says why", "ValueError: gallery: expected 16"]),
-        ("nan", ["RuntimeError: rank 2 refused"] * 2 + ["ValueError: queries must be finite, query 0 is not"]),
+        ("one", ["RuntimeError: rank 1 failed; it says why", "ValueError: gallery: expected 16"]),
+        ("nan", ["RuntimeError: rank 2 failed"] * 2 + ["ValueError: queries must be finite, query 0 is not"]),
+        ("disk", [(told := "RuntimeError: rank 1 failed; it says why"), "OSError: the disk is gone", told]),
+        ("list", ["TypeError: queries must be a tensor or a numpy array, got list", "RuntimeError: rank 0 failed"]),
     ],
 )
 def test_all_ranks_are_told(what: str, messages: list[str], tmp_path: Path) -> None:

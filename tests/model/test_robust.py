@@ -101,13 +101,12 @@ def test_a_run_that_is_killed_in_a_save_ends_with_the_same_bits(
 
 
 def test_leftovers_of_writes_alone_are_removed(tmp_path):
-    for name in (".last.safetensors.x1y2", ".config.yaml.ab", ".hidden", ".git.x", "last.safetensors", ".nfs0001"):
+    kept = (".config.yaml.swp", ".config.yaml.swap.file", ".git.x", ".hidden", ".nfs0001", "last.safetensors")
+    for name in (".last.safetensors.x1y2_z3w", ".config.yaml.abcdefgh", *kept):
         (tmp_path / name).write_text("")
-    (tmp_path / ".folder.yaml.x").mkdir()
+    (tmp_path / ".folder.yaml.abcdefgh").mkdir()
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *(".folder.yaml.x", ".git.x", ".hidden", ".nfs0001", "last.safetensors"),
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*kept, ".folder.yaml.abcdefgh"))
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(tmp_path):
