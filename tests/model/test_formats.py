@@ -17,6 +17,7 @@ from setemb.data.captions import TokenCaptions, WordCaptions
 from setemb.data.folder import check_folder, find_format, open_split
 from setemb.data.karpathy import KarpathyDataset
 from setemb.data.vocab import Vocabulary
+from setemb.inputs import read_picture
 
 pytest.importorskip("PIL")
 from PIL import Image
@@ -120,6 +121,16 @@ def test_pictures_without_a_known_white_are_refused(tmp_path, mode, dtype):
     with pytest.raises(ValueError, match=rf"row 3 cannot be read .*must be of 8 or 16 bits, got .*\(mode {mode}\)"):
         pictures.decode(tmp_path / "p.tif", "row 3")
     assert f"(mode {mode})" in look(tmp_path, (tmp_path / "p.tif").read_bytes())
+
+
+def test_pictures_that_are_asked_keep_their_shades_as_well(tmp_path):
+    Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)).save(tmp_path / "grey.png")
+    with Image.open(tmp_path / "grey.png") as written:
+        assert written.mode == "I;16"
+    assert (read_picture(tmp_path / "grey.png", 8) == 100).all()
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match=rf"the picture is no picture that can be read: .*\(mode {mode}\)"):
+            read_picture(Image.new(mode, (4, 4)), 8)
 
 
 def test_formats_with_programs_of_their_own_are_not_opened(tmp_path, monkeypatch):
