@@ -6,6 +6,7 @@ ours is tested with a stand-in for timm; timm's own models are tested where it w
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 from setemb.cli import app
 from setemb.config import DataConfig, ModelConfig, OptimizerConfig, load_config
 from setemb.data.folder import open_split
+from setemb.inputs import read_query, takes_pictures
 from setemb.model import SetEmbedder
 from setemb.modules.backbones import TimmBackbone
 from setemb.training import evaluate_precomp, load_model, parameter_groups, read_metrics, train_precomp
@@ -234,6 +236,9 @@ def test_a_model_of_pictures_is_asked_with_pictures(timm, tmp_path, whole):
     for asked in (files, opened, [np.asarray(picture) for picture in opened]):
         assert torch.equal(model.encode_image(asked).embeddings, expected)
     assert torch.equal(model.encode_image(str(files[1])).embeddings, model.encode_image(opened[1]).embeddings)
+    uploaded = read_query(model, io.BytesIO(files[1].read_bytes()), 10**6)  # as the server does
+    assert takes_pictures(model)
+    assert torch.equal(model.encode_image(uploaded).embeddings, model.encode_image(opened[1]).embeddings)
     for wrong in (np.zeros((3, 8), np.float32), torch.zeros(3, 8)):
         with pytest.raises(ValueError, match=r"expected pictures uint8 \[H, W, 3\], got float32 \[3, 8\]"):
             model.encode_image(wrong)
