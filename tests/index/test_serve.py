@@ -170,7 +170,7 @@ def test_pictures_are_decoded_one_at_a_time_where_they_are_taken(folder: Path, m
         active -= 1
         raise ValueError("decoded")
 
-    monkeypatch.setattr(serve, "read_picture", decode)
+    monkeypatch.setattr(serve, "read_query", decode)
 
     async def scene(source: str) -> list[str]:
         transport = httpx2.ASGITransport(app=client(folder, source).app)  # type: ignore[arg-type]
