@@ -213,7 +213,7 @@ def test_pictures_of_any_form_are_read_whole(tmp_path: Path) -> None:
     [
         (["search", "--index", "nowhere", "party"], "no index: nowhere/index.json is missing"),
         (["search", "--index", "{out}/index", " "], "a query must not be empty"),
-        (["search", "--index", "{out}/index", "--model", "{out}/absent", "party"], "absent is missing"),
+        (["search", "--index", "{out}/index", "--model", "{out}/absent", "party"], "no checkpoint"),
         (["demo", "--out", "{out}", "trainer.epoch=3"], 'unknown setting "trainer.epoch"'),
         (["index", "{out}/absent", "--data", "emoji", "--out", "{out}/x"], "absent"),
     ],
