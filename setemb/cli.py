@@ -1,4 +1,4 @@
-"""The command line: ``setemb train | eval | index | search | serve | demo | data | convert``."""
+"""The command line: ``setemb train | eval | ablate | index | search | serve | demo | data | convert``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "demo": "setemb.demo.cli",
     "data": "setemb.data_cli",
     "convert": "setemb.convert_cli",
+    "ablate": "setemb.ablate_cli",
 }
 """Commands that another module's ``app`` holds; it is imported when the command, or the list of all, is asked for."""
 

@@ -78,8 +78,11 @@ class TextConfig:
 
 @dataclass
 class SetConfig:
-    """The set prediction modules, one for images and one for texts; see `setemb.modules.SetPrediction`."""
+    """The modules that make sets, one for images and one for texts."""
 
+    kind: str = "slot_attention"
+    """slot_attention (`setemb.modules.SetPrediction`) or pie_net (`setemb.modules.PIENet`, which knows num_slots and
+    dropout alone)."""
     num_slots: int = 4
     iterations: int = 4
     heads: int = 4
@@ -93,9 +96,13 @@ class ModelConfig:
     dim: int = 256
     """Features of an embedding."""
     similarity: str = "smooth_chamfer"
-    """smooth_chamfer, max (MIL) or cosine (one vector)."""
+    """smooth_chamfer, chamfer, max (MIL), match_probability or cosine (one vector); see `setemb.similarity`."""
     alpha: float = 16.0
     """Sharpness of smooth_chamfer."""
+    match_scale: float = 1.0
+    """match_probability: where its learnt scale starts."""
+    match_bias: float = 0.0
+    """match_probability: where its learnt bias starts."""
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     sets: SetConfig = field(default_factory=SetConfig)
@@ -210,7 +217,7 @@ class Config:
 
 
 _CHOICES = {
-    "model.similarity": ("smooth_chamfer", "max", "cosine"),
+    "model.similarity": ("smooth_chamfer", "chamfer", "max", "match_probability", "cosine"),
     "model.image.encoder": ("regions", "pictures"),
     "model.image.pooling": ("max", "mean"),
     "model.image.source": ("", "efficientnet-lite0"),
@@ -218,6 +225,7 @@ _CHOICES = {
     "model.text.encoder": ("bigru", "features", "transformer"),
     "model.text.tokenizer": ("words", "treebank"),
     "model.text.position": ("sine", "none"),
+    "model.sets.kind": ("slot_attention", "pie_net"),
     "model.sets.padding": ("exact", "dive"),
     "data.format": ("auto", "precomp", "karpathy", "datasets"),
     "data.caption_text": ("raw", "tokens"),
@@ -260,9 +268,9 @@ def from_dict(kind: type[Any], *layers: Mapping[str, Any]) -> Any:
     It does without omegaconf: a saved model loads with the required packages alone, and sooner.
     """
     result = kind()
-    known = dict(_flat(asdict(result), sections=True))
+    known = dict(flat(asdict(result), sections=True))
     for layer in layers:
-        given = _flat(layer, sections=True)
+        given = flat(layer, sections=True)
         for key, _ in given:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1, 0.5)
@@ -277,7 +285,7 @@ def from_dict(kind: type[Any], *layers: Mapping[str, Any]) -> Any:
                 setattr(attrgetter(section)(result) if section else result, name, value)
             elif not isinstance(value, Mapping):
                 raise ValueError(f"setting {key}: it is a section of settings, got {value!r}")
-    values = dict(_flat(asdict(result)))
+    values = dict(flat(asdict(result)))
     for key, choices in _CHOICES.items():
         key = key.removeprefix("model.") if kind is ModelConfig else key
         if key in values and values[key] not in choices:
@@ -325,13 +333,14 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _flat(mapping: Mapping[Any, Any], prefix: str = "", sections: bool = False) -> list[tuple[str, Any]]:
+def flat(mapping: Mapping[Any, Any], prefix: str = "", sections: bool = False) -> list[tuple[str, Any]]:
+    """Nested settings as ("section.key", value), in their order; ``sections``: the sections themselves as well."""
     result: list[tuple[str, Any]] = []
     for key, value in mapping.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             result += [(name, value)] if sections else []
-            result += _flat(value, f"{name}.", sections)
+            result += flat(value, f"{name}.", sections)
         else:
             result.append((name, value))
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -159,10 +159,10 @@ def _ranks(
             raise ValueError(f"similarity must be one of {', '.join(get_args(Similarity))}, got {similarity!r}")
         if similarity == "cosine" and (images.shape[1] != 1 or captions.shape[1] != 1):
             set_similarity(images[:1], captions[:1], similarity)  # says so
-        if similarity != "max":  # of sets of one vector, cosine is smooth_chamfer
+        if similarity in ("smooth_chamfer", "cosine"):  # of sets of one vector they are equal
             groups = {"x_group": image_groups, "y_group": caption_groups}
             return set_rank(images, captions, **groups, alpha=alpha, chunk=block)
-        kind = cast(Similarity, similarity)
+        kind = similarity
         return _ranks_by(
             lambda x, y: set_similarity(x.float(), y.float(), kind),
             images,

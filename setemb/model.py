@@ -19,6 +19,7 @@ from setemb.modules import (
     FeatureTextEncoder,
     GRUTextEncoder,
     PictureEncoder,
+    PIENet,
     RegionEncoder,
     SetOutput,
     SetPrediction,
@@ -74,6 +75,9 @@ class SetEmbedder(nn.Module):
         self.text_encoder = _text_encoder(config, pretrained)
         self.image_sets = _set_prediction(config, self.image_encoder, None)
         self.text_sets = _set_prediction(config, self.text_encoder, None if text.position == "none" else text.position)
+        if config.similarity == "match_probability":
+            self.match_scale = nn.Parameter(torch.tensor(float(config.match_scale)))
+            self.match_bias = nn.Parameter(torch.tensor(float(config.match_bias)))
 
     def encode_image(self, images: Batch | Picture | Sequence[Picture], return_attention: bool = False) -> SetOutput:
         """Sets of images.
@@ -120,7 +124,10 @@ class SetEmbedder(nn.Module):
         """``[N, K, D]`` and ``[M, L, D]`` (or what the encode methods return) -> ``[N, M]``; see `set_similarity`."""
         x = x.embeddings if isinstance(x, SetOutput) else x
         y = y.embeddings if isinstance(y, SetOutput) else y
-        return set_similarity(x, y, cast(Similarity, self.config.similarity), self.config.alpha)
+        learnt = {}
+        if self.config.similarity == "match_probability":
+            learnt = {"scale": self.match_scale, "bias": self.match_bias}
+        return set_similarity(x, y, cast(Similarity, self.config.similarity), self.config.alpha, **learnt)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json``, ``model.safetensors`` and, with a vocabulary, ``vocab.txt``.
@@ -235,8 +242,10 @@ def _text_encoder(
     )
 
 
-def _set_prediction(config: ModelConfig, encoder: Any, position: Any) -> SetPrediction:
+def _set_prediction(config: ModelConfig, encoder: Any, position: Any) -> SetPrediction | PIENet:
     sets = config.sets
+    if sets.kind == "pie_net":
+        return PIENet(encoder.dim_local, encoder.dim_global, config.dim, sets.num_slots, sets.dropout)
     return SetPrediction(
         encoder.dim_local,
         encoder.dim_global,

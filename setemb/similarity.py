@@ -9,42 +9,92 @@ from torch import Tensor
 
 from setemb_kernels import smooth_chamfer
 
-Similarity = Literal["smooth_chamfer", "max", "cosine"]
+Similarity = Literal["smooth_chamfer", "chamfer", "max", "match_probability", "cosine"]
+
+INDEXED = ("smooth_chamfer", "chamfer", "max", "cosine")
+"""Those that an index knows; match_probability has two learnt numbers, which an index does not keep."""
 
 
-def set_similarity(x: Tensor, y: Tensor, kind: Similarity = "smooth_chamfer", alpha: float = 16.0) -> Tensor:
+def set_similarity(
+    x: Tensor,
+    y: Tensor,
+    kind: Similarity = "smooth_chamfer",
+    alpha: float = 16.0,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor = 0.0,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+) -> Tensor:
     """Similarity of every set of x with every set of y.
 
-    =============== =================================================================================
-    kind            similarity of sets X and Y of unit vectors
-    =============== =================================================================================
-    smooth_chamfer  see `setemb_kernels.smooth_chamfer`; ``alpha`` is its sharpness
-    max             that of their closest pair of vectors (multiple-instance learning, MIL)
-    cosine          the dot product of their only vectors; K = L = 1
-    =============== =================================================================================
+    ================= ====================================================================================
+    kind              similarity of sets X and Y of unit vectors, with c the dot product of a pair of them
+    ================= ====================================================================================
+    smooth_chamfer    see `setemb_kernels.smooth_chamfer`; ``alpha`` is its sharpness
+    chamfer           half the mean over X of the largest c, and half that over Y: alpha without bound
+    max               the largest c of all pairs (multiple-instance learning, MIL)
+    match_probability the mean of ``sigmoid(scale c + bias)`` over all pairs
+    cosine            the dot product of their only vectors; K = L = 1
+    ================= ====================================================================================
 
-    For K = L = 1 the three are equal.
+    For K = L = 1 all but match_probability are equal. The scores of all pairs of vectors are stored, but of
+    smooth_chamfer and cosine. Of equally close pairs the first gets the gradient.
 
     Args:
         x: ``[N, K, D]``.
         y: ``[M, L, D]``.
+        scale, bias: of match_probability; a model learns them.
+        x_mask, y_mask: bool ``[N, K]`` and ``[M, L]``, True = valid; the others do not exist. A set without a valid
+            vector has similarity 0 to everything.
 
     Returns:
         ``[N, M]``, computed in the type of x: autocast does not apply, a margin needs more digits than bfloat16 has.
 
     Raises:
         ValueError: unknown kind, shapes that do not fit, "cosine" of sets of more than one vector.
+
+    Sources: Kim, Kim, Kwak, CVPR 2023, section 3.3; match probability: Chun et al., "Probabilistic embeddings for
+    cross-modal retrieval" (PCME), CVPR 2021.
     """
     with torch.autocast(x.device.type, enabled=False):
         if kind == "smooth_chamfer":
-            return smooth_chamfer(x, y, alpha=alpha)
+            return smooth_chamfer(x, y, alpha=alpha, x_mask=x_mask, y_mask=y_mask)
         if kind not in get_args(Similarity):
             raise ValueError(f"kind must be one of {', '.join(get_args(Similarity))}, got {kind!r}")
         if x.ndim != 3 or y.ndim != 3 or x.shape[2] != y.shape[2]:
             raise ValueError(
                 f"x and y must have shapes [N, K, D] and [M, L, D], got {list(x.shape)} and {list(y.shape)}"
             )
-        if kind == "cosine" and (x.shape[1] != 1 or y.shape[1] != 1):
-            raise ValueError(f'"cosine" compares sets of one vector, got K = {x.shape[1]} and L = {y.shape[1]}')
-        scores = x.flatten(0, 1) @ y.flatten(0, 1).T
-        return scores.view(x.shape[0], x.shape[1], y.shape[0], y.shape[1]).amax((1, 3))
+        if kind == "cosine":
+            if x.shape[1] != 1 or y.shape[1] != 1:
+                raise ValueError(f'"cosine" compares sets of one vector, got K = {x.shape[1]} and L = {y.shape[1]}')
+            return smooth_chamfer(x, y, x_mask=x_mask, y_mask=y_mask)
+        for name, sets, mask in (("x_mask", x, x_mask), ("y_mask", y, y_mask)):
+            if mask is not None and (mask.dtype != torch.bool or mask.shape != sets.shape[:2]):
+                raise ValueError(f"{name} must be bool {list(sets.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+        scores = (x.flatten(0, 1) @ y.flatten(0, 1).T).view(*x.shape[:2], *y.shape[:2])  # [N, K, M, L]
+        x_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if x_mask is None else x_mask
+        y_valid = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if y_mask is None else y_mask
+        valid = x_valid[:, :, None, None] & y_valid
+        empty = ~(x_valid.any(1)[:, None] & y_valid.any(1))
+        if kind == "match_probability":
+            # torch.where and not a product: what is masked may be infinite
+            matches = torch.where(valid, torch.sigmoid(scale * scores + bias), 0).sum((1, 3))
+            result = matches / valid.sum((1, 3)).clamp(min=1)
+        else:
+            scores = scores.masked_fill(~valid, -torch.inf)
+            of_x = _largest(scores, 3)  # [N, K, M]
+            if kind == "max":
+                result = _largest(of_x, 1)
+            else:
+                of_x = torch.where(x_valid[:, :, None], of_x, 0).sum(1)
+                of_y = torch.where(y_valid, _largest(scores, 1), 0).sum(2)
+                x_count, y_count = x_valid.sum(1).clamp(min=1), y_valid.sum(1).clamp(min=1)
+                result = 0.5 * of_x / x_count[:, None] + 0.5 * of_y / y_count
+        return result.masked_fill(empty, 0.0)
+
+
+def _largest(values: Tensor, dim: int) -> Tensor:
+    """The maximum; of equals the first gets the gradient (amax would share it, max gives it to any)."""
+    return values.take_along_dim(values.argmax(dim, keepdim=True), dim).squeeze(dim)

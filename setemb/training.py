@@ -169,6 +169,7 @@ def parameter_groups(model: SetEmbedder, config: OptimizerConfig) -> list[dict[s
         (config.image_factor, model.image_encoder),
         (config.text_factor, model.text_encoder),
         (config.sets_factor, torch.nn.ModuleList([model.image_sets, model.text_sets])),
+        (1.0, model),  # what a similarity learns
     ]
     groups, taken = [], set[Tensor]()
     for factor, part in parts:
@@ -252,11 +253,12 @@ def evaluate_sets(
 ) -> RecallReport:
     """Recall over batches of (image sets, caption sets, image groups, caption groups)."""
     image_sets, caption_sets, image_groups, caption_groups = (torch.cat(p) for p in zip(*parts, strict=True))
+    kind = model.config.similarity
     return evaluate_retrieval(
         image_sets.float(),
         caption_sets.float(),
         folds=folds,
-        similarity=cast(Similarity, model.config.similarity),
+        similarity=model.similarity if kind == "match_probability" else cast(Similarity, kind),
         alpha=model.config.alpha,
         image_groups=image_groups,
         caption_groups=caption_groups,

@@ -21,7 +21,7 @@ from setemb.data.emoji import STYLES
 from setemb.demo.data import EmojiFeatures
 from setemb.features import with_context
 from setemb.model import SetEmbedder
-from setemb.modules import RegionEncoder
+from setemb.modules import RegionEncoder, SetPrediction
 
 RIDGE = 0.8
 """l: the penalty on W relative to the variance of a standardised feature."""
@@ -62,6 +62,7 @@ def start_from_least_squares(model: SetEmbedder, features: EmojiFeatures, phrase
     _set_linear(model.image_encoder, solution.T, mean)
     _set_linear(model.text_encoder, whiten / ((names - centre) @ whiten).std(), centre)
     for sets in (model.image_sets, model.text_sets):
+        assert isinstance(sets, SetPrediction)
         sets.norm_last.weight.fill_(SLOT_SCALE)
 
 

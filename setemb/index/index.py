@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from setemb.index.intake import AT_ONCE, Intake, Record
 from setemb.index.search import best_of, merged
 from setemb.index.segments import DTYPES, Segment, encode, in_memory, padded
 from setemb.modules import SetOutput
-from setemb.similarity import Similarity
+from setemb.similarity import INDEXED, Similarity
 from setemb_kernels import __version__
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ class SetIndex:
             self._segments.append(in_memory([block]))
 
     def _begin(self, similarity: Similarity, alpha: float, dtype: str, features: int | None) -> None:
-        if similarity not in get_args(Similarity):
-            raise ValueError(f"similarity must be one of {', '.join(get_args(Similarity))}, got {similarity!r}")
+        if similarity not in INDEXED:
+            raise ValueError(f"similarity must be one of {', '.join(INDEXED)}, got {similarity!r}")
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}")
         if dtype not in DTYPES:

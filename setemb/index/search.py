@@ -33,8 +33,8 @@ def best_of(
     n, wanted = len(segment.vectors), min(k, segment.live)
     looked_for = min(n, k + min(len(segment.deleted), k))
     while True:
-        if similarity == "max":
-            values, rows = _by_closest_pair(queries, query_mask, segment, looked_for, block or BLOCK)
+        if similarity in ("chamfer", "max"):
+            values, rows = _by_closest_pairs(queries, query_mask, segment, looked_for, similarity, block or BLOCK)
         else:  # of sets of one vector, cosine is smooth_chamfer
             values, rows = set_topk(
                 queries,
@@ -55,28 +55,16 @@ def best_of(
         looked_for = min(n, 4 * looked_for)
 
 
-def _by_closest_pair(
-    queries: Tensor, query_mask: Tensor | None, segment: Segment, k: int, block: int
+def _by_closest_pairs(
+    queries: Tensor, query_mask: Tensor | None, segment: Segment, k: int, similarity: Similarity, block: int
 ) -> tuple[Tensor, Tensor]:
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(segment.vectors), block):
             items, mask = segment.decoded(slice(start, start + block))
-            s = closest_pair(queries, query_mask, items, mask)
+            s = set_similarity(queries, items, similarity, x_mask=query_mask, y_mask=mask)
             yield s, torch.arange(start, start + len(items)).expand(len(queries), -1)
 
     return merged(parts(), k, len(queries))
-
-
-def closest_pair(x: Tensor, x_mask: Tensor | None, y: Tensor, y_mask: Tensor | None) -> Tensor:
-    """The similarity "max" of sets of which some vectors may be missing."""
-    if x_mask is None and y_mask is None:
-        return set_similarity(x, y, "max")
-    scores = (x.flatten(0, 1) @ y.flatten(0, 1).T).view(*x.shape[:2], *y.shape[:2])
-    if x_mask is not None:
-        scores.masked_fill_(~x_mask[:, :, None, None], -torch.inf)
-    if y_mask is not None:
-        scores.masked_fill_(~y_mask, -torch.inf)
-    return scores.amax((1, 3))
 
 
 def merged(parts: Iterator[tuple[Tensor, Tensor]], k: int, queries: int) -> tuple[Tensor, Tensor]:

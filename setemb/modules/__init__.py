@@ -1,6 +1,7 @@
 """Building blocks of a set-embedding model: encoders and the set prediction module."""
 
 from setemb.modules.image import PictureEncoder, RegionEncoder
+from setemb.modules.pie_net import PIENet
 from setemb.modules.set_prediction import SetOutput, SetPrediction
 from setemb.modules.slot_attention import SlotAttention
 from setemb.modules.text import FeatureTextEncoder, GRUTextEncoder, TransformerTextEncoder
@@ -8,6 +9,7 @@ from setemb.modules.text import FeatureTextEncoder, GRUTextEncoder, TransformerT
 __all__ = [
     "FeatureTextEncoder",
     "GRUTextEncoder",
+    "PIENet",
     "PictureEncoder",
     "RegionEncoder",
     "SetOutput",

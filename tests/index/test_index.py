@@ -32,7 +32,7 @@ def folder(index: SetIndex, tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-@pytest.mark.parametrize(("similarity", "k"), [("smooth_chamfer", 4), ("max", 3), ("cosine", 1)])
+@pytest.mark.parametrize(("similarity", "k"), [("smooth_chamfer", 4), ("chamfer", 4), ("max", 3), ("cosine", 1)])
 @pytest.mark.parametrize("block", [1, 7, 10_000])
 def test_search_is_the_sorted_full_matrix(similarity: str, k: int, block: int) -> None:
     items, queries = unit_sets(60, k, 24, 1), unit_sets(5, k, 24, 5)

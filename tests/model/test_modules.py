@@ -14,6 +14,7 @@ from setemb.modules import (
     FeatureTextEncoder,
     GRUTextEncoder,
     PictureEncoder,
+    PIENet,
     RegionEncoder,
     SetPrediction,
     TransformerTextEncoder,
@@ -320,3 +321,33 @@ def test_transformer_text_encoder_does_not_see_padding_and_keeps_a_frozen_model_
     global_.sum().backward()
     assert all(parameter.grad is None for parameter in encoder.model.parameters())
     assert encoder.project.weight.grad is not None
+
+
+def test_pie_net_is_its_formula_and_padding_changes_nothing():
+    torch.manual_seed(0)
+    module = PIENet(6, 10, 8, num_slots=3).double().eval()
+    local, global_ = torch.randn(5, 7, 6).double(), torch.randn(5, 10).double()
+    lengths = [7, 4, 1, 3, 0]
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    result = module(local.masked_fill(~mask[..., None], math.nan), global_, mask, return_attention=True)
+    assert result.attention is not None
+    for i, n in enumerate(lengths):
+        for k in range(3):
+            own = local[i, :n]
+            logits = (own @ module.hidden.weight.T).tanh() @ module.attention.weight[k]
+            weights = logits.exp() / logits.exp().sum()
+            residual = (module.residual.weight @ (weights @ own) + module.residual.bias).sigmoid()
+            out = module.project_global(global_[i]) + residual
+            out = (out - out.mean()) / (out.var(correction=0) + 1e-5).sqrt()
+            torch.testing.assert_close(result.slots[i, k], residual, atol=1e-12, rtol=0)
+            torch.testing.assert_close(result.embeddings[i, k], out / out.norm(), atol=1e-12, rtol=0)
+            torch.testing.assert_close(result.attention[i, 0, k, :n], weights, atol=1e-12, rtol=0)
+            assert (result.attention[i, 0, k, n:] == 0).all()
+    whole = module(local, global_)
+    torch.testing.assert_close(whole.embeddings[0], result.embeddings[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [{"num_slots": 0}, {"dim": -1}])
+def test_pie_net_refuses_settings(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be at least 1"):
+        PIENet(**{"dim_local": 4, "dim_global": 4, "dim": 4, **bad})
