@@ -119,6 +119,8 @@ def plan(recipe: str | Path | None, overrides: Sequence[str], studies: Sequence[
         for variant in study.variants:
             config = load_config(recipe, [*overrides, *variant.overrides])
             changed = [(k, v) for k, v in flat(asdict(config)) if v != plain[k]]
+            if any(key == "trainer.seed" for key, _ in changed):
+                raise ValueError(f"a study cannot vary trainer.seed, got {variant.label!r}: ask for several seeds")
             name = ",".join(f"{key}={quote(str(value), safe='')}" for key, value in changed) or "recipe"
             runs = []
             for seed in range(base.trainer.seed, base.trainer.seed + seeds):

@@ -58,6 +58,11 @@ def test_refused(studies, seeds):
         plan(TINY, [], studies, seeds)
 
 
+def test_seeds_are_no_study():
+    with pytest.raises(ValueError, match="a study cannot vary trainer.seed, got 'trainer.seed = 3'"):
+        plan(TINY, [], [vary("trainer.seed", ["3"])], 2)
+
+
 def figures(rsum: float) -> dict[str, object]:
     last = dict.fromkeys(FIGURES, rsum / 6) | {"rsum": rsum}
     return {"epochs": 1, "last": last, "best": last | {"rsum": rsum + 1}}
