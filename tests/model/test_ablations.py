@@ -59,7 +59,7 @@ def test_refused(studies, seeds):
 
 
 def test_seeds_are_no_study():
-    with pytest.raises(ValueError, match="a study cannot vary trainer.seed, got 'trainer.seed = 3'"):
+    with pytest.raises(ValueError, match=r"a study cannot vary trainer\.seed, got 'trainer\.seed = 3'"):
         plan(TINY, [], [vary("trainer.seed", ["3"])], 2)
 
 
