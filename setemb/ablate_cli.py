@@ -23,7 +23,7 @@ def ablate(
     ] = None,
     study: Annotated[
         list[str] | None,
-        typer.Option(help="similarity, sets, slots, iterations, alpha or loss; repeatable.", show_default=False),
+        typer.Option(help="similarity, sets, slots, iterations, alpha, loss or batch; repeatable.", show_default=False),
     ] = None,
     vary: Annotated[
         list[str] | None,

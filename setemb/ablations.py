@@ -68,6 +68,25 @@ STUDIES = {
         "Loss",
         (Variant("InfoNCE", ("loss.kind=info_nce",)), Variant("triplet, hardest negative", ("loss.kind=triplet",))),
     ),
+    "batch": Study(
+        "Images in a batch",
+        (
+            Variant("128", ("data.batch_size=128",)),
+            # Few steps are left: a larger rate, as the square root of the batch, and no memory of earlier weights.
+            *(
+                Variant(
+                    f"{size:,}, lr x {factor}",
+                    (
+                        f"data.batch_size={size}",
+                        f"optimizer.lr={factor}e-3",
+                        "trainer.ema_decay=0",
+                        "trainer.accumulate_embeddings=512",
+                    ),
+                )
+                for size, factor in ((1024, 3), (8192, 8))
+            ),
+        ),
+    ),
 }
 """By name; "K" and the like are those of the paper."""
 
