@@ -83,7 +83,7 @@ STUDIES = {
                         "trainer.accumulate_embeddings=512",
                     ),
                 )
-                for size, factor in ((1024, 3), (8192, 8))
+                for size, factor in ((1024, 3), (4096, 6))
             ),
         ),
     ),

@@ -135,7 +135,7 @@ def test_the_command(tiny_precomp, tmp_path, jobs):
         ([], "give at least one --study or --vary"),
         (
             ["--study", "colour"],
-            "--study must be one of similarity, sets, slots, iterations, alpha, loss, got 'colour'",
+            "--study must be one of similarity, sets, slots, iterations, alpha, loss, batch, got 'colour'",
         ),
         (["--vary", "model.alpha"], "--vary must read KEY=V1,V2, got 'model.alpha'"),
         (["--vary", "model.alfa=1"], 'unknown setting "model.alfa"; did you mean "model.alpha"'),
