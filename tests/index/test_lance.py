@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,45 @@ def records(numbers: range) -> list[tuple[str, Tensor, dict[str, Any]]]:
     return [(f"it's/{i}", one_set(i), {"number": i, "tags": ["ä", None]}) for i in numbers]
 
 
+@pytest.fixture(scope="module")
+def object_storage() -> Iterator[dict[str, str]]:
+    """Options for an S3 server on the loopback interface that has the bucket ``sets``."""
+    pytest.importorskip("flask")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        options = {
+            "aws_endpoint": f"http://{host}:{port}",
+            "aws_access_key_id": "somebody",
+            "aws_secret_access_key": "secret",
+            "aws_region": "us-east-1",
+        }
+        keys = {key: value for key, value in options.items() if key not in ("aws_endpoint", "aws_region")}
+        client = pytest.importorskip("boto3").client("s3", endpoint_url=options["aws_endpoint"], **keys)
+        client.create_bucket(Bucket="sets")
+        yield {**options, "allow_http": "true"}
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("similarity", ["smooth_chamfer", "max"])
 def test_it_is_the_same_index(tmp_path: Path, similarity: Any, dtype: str) -> None:
+    check_it_is_the_same_index(tmp_path / "db", similarity, dtype)
+
+
+def test_it_is_the_same_index_on_object_storage(object_storage: dict[str, str]) -> None:
+    check_it_is_the_same_index("s3://sets/db", "smooth_chamfer", "float32", object_storage)
+
+
+def check_it_is_the_same_index(
+    uri: str | Path, similarity: Any, dtype: str, storage_options: dict[str, str] | None = None
+) -> None:
     """With all items as candidates, and without candidates, it finds what `SetIndex` finds."""
     mine = SetIndex.empty(similarity, 9.0, dtype=dtype)
-    index = LanceIndex.build(tmp_path / "db", iter(records(range(80))), similarity=similarity, alpha=9.0, dtype=dtype)
+    where: dict[str, Any] = {"storage_options": storage_options}
+    index = LanceIndex.build(uri, iter(records(range(80))), similarity=similarity, alpha=9.0, dtype=dtype, **where)
     mine.add(records(range(80)))
     for change in (
         lambda it: None,
@@ -47,7 +81,7 @@ def test_it_is_the_same_index(tmp_path: Path, similarity: Any, dtype: str) -> No
     ):
         change(mine)
         change(index)
-        again = LanceIndex.open(tmp_path / "db")
+        again = LanceIndex.open(uri, **where)
         assert (again.similarity, again.alpha, again.dtype, len(again)) == (similarity, 9.0, dtype, len(mine))
         queries = torch.stack([one_set(-1 - i, 3) for i in range(5)])
         expected = mine.search(queries, 7)
