@@ -1,4 +1,4 @@
-"""Exact search and ranks over sets by smooth-Chamfer similarity, which is made a tile at a time and never stored."""
+"""Exact search and ranks over sets by their similarity, which is made a tile at a time and never stored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def set_topk(
     gallery: Tensor,
     k: int,
     *,
+    kind: str = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
+    match_bias: float | Tensor = 0.0,
+    reduction: str = "sum",
     query_mask: Tensor | None = None,
     gallery_mask: Tensor | None = None,
     gallery_scale: Tensor | None = None,
@@ -50,7 +53,10 @@ def set_topk(
         gallery: ``[M, L, D]`` of any of these dtypes, or int8; on the device of the queries or on the CPU. A gallery of
             another dtype is converted as it is read: similarities are computed in float32, float64 if the queries are.
         k: how many, ``1 <= k <= M``.
-        alpha: sharpness of the similarity (see `smooth_chamfer`), > 0.
+        kind: of similarity, see `set_similarity`; X are the queries.
+        alpha: sharpness of the similarity, > 0; of match_probability its scale.
+        match_bias: the bias of match_probability.
+        reduction: of maxsim and soft_maxsim, "sum" or "mean".
         query_mask, gallery_mask: bool ``[N, K]`` and ``[M, L]``, True = valid.
         gallery_scale: ``[M, L]``: a vector of the gallery is this number times its entries; int8 needs it.
         chunk: sets on either side of a tile; unless given `CHUNK`, and more of the gallery where queries are few.
@@ -63,7 +69,8 @@ def set_topk(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    search = _Search(queries, gallery, alpha, query_mask, gallery_mask, gallery_scale, chunk)
+    measure = Measure.of(kind, alpha, match_bias, reduction, queries)
+    search = _Search(queries, gallery, measure, query_mask, gallery_mask, gallery_scale, chunk)
     N, M = len(queries), len(gallery)
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
@@ -108,7 +115,10 @@ def set_rank(
     *,
     x_group: Tensor,
     y_group: Tensor,
+    kind: str = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
+    match_bias: float | Tensor = 0.0,
+    reduction: str = "sum",
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     chunk: int | None = None,
@@ -125,12 +135,13 @@ def set_rank(
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64; computed in float32, or float64.
         y: ``[M, L, D]``, of whichever of these.
         x_group, y_group: integers ``[N]`` and ``[M]``.
-        alpha, x_mask, y_mask, chunk: as in `set_topk`.
+        kind, alpha, match_bias, reduction, x_mask, y_mask, chunk: as in `set_topk`.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    search = _Search(x, y, alpha, x_mask, y_mask, None, chunk, names=("x", "y"))
+    measure = Measure.of(kind, alpha, match_bias, reduction, x)
+    search = _Search(x, y, measure, x_mask, y_mask, None, chunk, names=("x", "y"))
     for name, group, sets in (("x_group", x_group, x), ("y_group", y_group, y)):
         if group is None:
             raise TypeError(f"{name}: expected a torch.Tensor of integers, got None")
@@ -160,7 +171,7 @@ class _Search:
         self,
         x: Tensor,
         y: Tensor,
-        alpha: float | Tensor,
+        measure: Measure,
         x_mask: Tensor | None,
         y_mask: Tensor | None,
         y_scale: Tensor | None,
@@ -187,7 +198,7 @@ class _Search:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.x, self.y, self.x_mask, self.y_mask, self.y_scale = x, y, x_mask, y_mask, y_scale
-        self.alpha = _check.sharpness("alpha", alpha, x.device)
+        self.measure = measure
         self.rows = chunk or CHUNK
         long = min(max(CHUNK, CHUNK * CHUNK // max(len(x), 1)), LONGEST)
         self.columns = chunk or (long if y.device == x.device else CHUNK)  # else a tile's sets are copied

@@ -41,7 +41,10 @@ def set_triplet_loss(
     x: Tensor,
     y: Tensor,
     *,
+    kind: str = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
+    match_bias: float | Tensor = 0.0,
+    reduction: Literal["sum", "mean"] = "sum",
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     x_group: Tensor | None = None,
@@ -65,20 +68,23 @@ def set_triplet_loss(
             the others say that it takes no part.
         RuntimeError: naming the rank that takes no part any more.
     """
-    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
     _check.not_negative_and_finite("margin", margin)
     check_negatives(negatives)
     _check.positive_and_finite("timeout", timeout)
     margin = float(margin)
     loss: Loss = HardestTriplet(margin) if negatives == "hardest" else PairsTriplet(negatives, margin)
-    return compute("set_triplet_loss", loss, arguments, (), group, timeout)
+    return compute("set_triplet_loss", loss, (*sets, *similarity), (), group, timeout)
 
 
 def set_infonce_loss(
     x: Tensor,
     y: Tensor,
     *,
+    kind: str = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
+    match_bias: float | Tensor = 0.0,
+    reduction: Literal["sum", "mean"] = "sum",
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     x_group: Tensor | None = None,
@@ -89,19 +95,22 @@ def set_infonce_loss(
     timeout: float = 300.0,
 ) -> Tensor:
     """`setemb_kernels.set_infonce_loss` over the shards of all ranks; group, timeout and errors as above."""
-    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
     _check.positive_and_finite("timeout", timeout)
     scalars = (_check.sharpness("temperature", temperature, x.device),)
-    return compute("set_infonce_loss", InfoNCE(symmetric), arguments, scalars, group, timeout)
+    return compute("set_infonce_loss", InfoNCE(symmetric), (*sets, *similarity), scalars, group, timeout)
 
 
 def set_sigmoid_loss(
     x: Tensor,
     y: Tensor,
     *,
+    kind: str = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
+    match_bias: float | Tensor = 0.0,
+    reduction: Literal["sum", "mean"] = "sum",
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     x_group: Tensor | None = None,
@@ -112,7 +121,7 @@ def set_sigmoid_loss(
     timeout: float = 300.0,
 ) -> Tensor:
     """`setemb_kernels.set_sigmoid_loss` over the shards of all ranks; group, timeout and errors as above."""
-    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
     _check.positive_and_finite("timeout", timeout)
-    scalars = (_check.sharpness("scale", scale, x.device), check_bias(bias, x.device))
-    return compute("set_sigmoid_loss", Sigmoid(), arguments, scalars, group, timeout)
+    scalars = (_check.sharpness("scale", scale, x.device), check_bias("bias", bias, x.device))
+    return compute("set_sigmoid_loss", Sigmoid(), (*sets, *similarity), scalars, group, timeout)

@@ -18,7 +18,10 @@ def set_triplet_loss(
     x: Tensor,
     y: Tensor,
     *,
+    kind: str = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
+    match_bias: float | Tensor = 0.0,
+    reduction: Literal["sum", "mean"] = "sum",
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     x_group: Tensor | None = None,
@@ -26,7 +29,7 @@ def set_triplet_loss(
     margin: float = 0.2,
     negatives: Literal["hardest", "semi-hard", "all"] = "hardest",
 ) -> Tensor:
-    r"""Hinge loss of positive pairs of sets against negatives, both ways, over their smooth-Chamfer similarities s.
+    r"""Hinge loss of positive pairs of sets against negatives, both ways, over their similarities s.
 
     .. math::
         \frac{1}{|P|} \sum_{(n,m) \in P} \Big( [\mathrm{margin} + \max_{m'} s_{nm'} - s_{nm}]_+
@@ -38,7 +41,11 @@ def set_triplet_loss(
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64.
         y: ``[M, L, D]`` of the same dtype and device.
-        alpha: sharpness of the similarity, as in `smooth_chamfer`; may require a gradient.
+        kind: of similarity, one of `set_similarity`: smooth_chamfer, chamfer, maxsim, soft_maxsim, max, mean,
+            match_probability.
+        alpha: sharpness of the similarity (of match_probability: its scale); may require a gradient.
+        match_bias: the bias of match_probability; may require a gradient.
+        reduction: of maxsim and soft_maxsim, "sum" or "mean".
         x_mask: bool ``[N, K]``, True = valid.
         y_mask: bool ``[M, L]``.
         x_group: integer ``[N]``. Sets of x and y with equal ids are positives of each other, all others negatives.
@@ -58,10 +65,10 @@ def set_triplet_loss(
 
     Source: Faghri et al., "VSE++", BMVC 2018; semi-hard: Schroff et al., "FaceNet", CVPR 2015.
     """
-    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
     _check.not_negative_and_finite("margin", margin)
     check_negatives(negatives)
-    loss: Tensor = triplet.OP(*arguments, float(margin), negatives)[0]
+    loss: Tensor = triplet.OP(*sets, *similarity, float(margin), negatives)[0]
     return loss
 
 
@@ -69,7 +76,10 @@ def set_infonce_loss(
     x: Tensor,
     y: Tensor,
     *,
+    kind: str = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
+    match_bias: float | Tensor = 0.0,
+    reduction: Literal["sum", "mean"] = "sum",
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     x_group: Tensor | None = None,
@@ -77,7 +87,7 @@ def set_infonce_loss(
     temperature: float | Tensor = 0.05,
     symmetric: bool = True,
 ) -> Tensor:
-    r"""InfoNCE of positive pairs of sets against negatives, over their smooth-Chamfer similarities s.
+    r"""InfoNCE of positive pairs of sets against negatives, over their similarities s.
 
     .. math::
         \frac{1}{|P|} \sum_{(n,m) \in P} \tfrac12 \Big(
@@ -96,10 +106,11 @@ def set_infonce_loss(
 
     Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018.
     """
-    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
-    loss: Tensor = infonce.OP(*arguments, _check.sharpness("temperature", temperature, x.device), symmetric)[0]
+    temperature = _check.sharpness("temperature", temperature, x.device)
+    loss: Tensor = infonce.OP(*sets, temperature, *similarity, symmetric)[0]
     return loss
 
 
@@ -107,7 +118,10 @@ def set_sigmoid_loss(
     x: Tensor,
     y: Tensor,
     *,
+    kind: str = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
+    match_bias: float | Tensor = 0.0,
+    reduction: Literal["sum", "mean"] = "sum",
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     x_group: Tensor | None = None,
@@ -115,7 +129,7 @@ def set_sigmoid_loss(
     scale: float | Tensor = 10.0,
     bias: float | Tensor = -10.0,
 ) -> Tensor:
-    r"""Every pair of sets classified by itself: positive or not, from its smooth-Chamfer similarity s.
+    r"""Every pair of sets classified by itself: positive or not, from its similarity s.
 
     .. math:: \frac{1}{N} \sum_{n, m} \log(1 + e^{-t_{nm} (\mathrm{scale}\; s_{nm} + \mathrm{bias})})
 
@@ -130,29 +144,34 @@ def set_sigmoid_loss(
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
     """
-    arguments = check_sets(x, y, alpha, x_mask, y_mask, x_group, y_group)
+    sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
     scale = _check.sharpness("scale", scale, x.device)
-    loss: Tensor = sigmoid.OP(*arguments, scale, check_bias(bias, x.device))[0]
+    loss: Tensor = sigmoid.OP(*sets, scale, check_bias("bias", bias, x.device), *similarity)[0]
     return loss
 
 
 def check_sets(
     x: Tensor,
     y: Tensor,
+    kind: str,
     alpha: float | Tensor,
+    match_bias: float | Tensor,
+    reduction: str,
     x_mask: Tensor | None,
     y_mask: Tensor | None,
     x_group: Tensor | None,
     y_group: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """What all losses take first, checked."""
+) -> tuple[tuple[Tensor | None, ...], tuple[str, bool]]:
+    """What all losses take first, checked: the tensors of `tiles.Sets`, and what says which similarity it is."""
+    check_kind(kind, reduction)
     _check.similar_sets(x, y, x_mask, y_mask)
     for name, group, sets_name, sets in (("x_group", x_group, "x", x), ("y_group", y_group, "y", y)):
         _check.group(name, group, sets_name, sets)
     if (x_group is None) != (y_group is None):
         missing = "x_group" if x_group is None else "y_group"
         raise ValueError(f"{missing}: expected ids as for the other side, got None")
-    return x, y, _check.sharpness("alpha", alpha, x.device), x_mask, y_mask, x_group, y_group
+    scalars = _check.sharpness("alpha", alpha, x.device), check_bias("match_bias", match_bias, x.device)
+    return (x, y, *scalars, x_mask, y_mask, x_group, y_group), (kind, reduction == "mean")
 
 
 def check_negatives(kind: str) -> None:
@@ -161,12 +180,12 @@ def check_negatives(kind: str) -> None:
         raise ValueError(f"negatives: expected one of {', '.join(triplet.KINDS)}, got {kind!r}")
 
 
-def check_bias(bias: float | Tensor, device: torch.device) -> Tensor:
+def check_bias(name: str, bias: float | Tensor, device: torch.device) -> Tensor:
     """`bias`, a finite number, as a 0-dim tensor."""
     if isinstance(bias, Tensor):
-        return _check.scalar("bias", bias, device)
+        return _check.scalar(name, bias, device)
     if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-        raise TypeError(f"bias: expected a number or a torch.Tensor, got {type(bias).__name__}")
+        raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(bias).__name__}")
     if not -math.inf < bias < math.inf:
-        raise ValueError(f"bias: expected a finite number, got {bias}")
+        raise ValueError(f"{name}: expected a finite number, got {bias}")
     return torch.tensor(float(bias), dtype=torch.float64)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from setemb_kernels._library import define, forbid_double_backward, register_autocast
-from setemb_kernels.losses.tiles import Gradients, Sets
+from setemb_kernels.losses.tiles import TENSORS, Gradients, Sets
 
-_SETS = "Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask, Tensor? x_group, Tensor? y_group"
-_COUNT = len(Sets._fields)
+_SETS = "Tensor x, Tensor y, Tensor alpha, Tensor bias, Tensor? x_mask, Tensor? y_mask, Tensor? x_group, Tensor? y_group"
+_COUNT = TENSORS
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., Sequence[Tensor]]
 
@@ -34,57 +34,66 @@ def define_loss(
     Args:
         name: of the op.
         scalars: names of its 0-dim tensor arguments, which may require gradients.
-        options: the rest of its schema, "bool symmetric".
+        options: the rest of its schema, "bool symmetric"; before it comes what says which similarity of sets it is.
         forward: ``(sets, *scalars, *options) -> (loss, row state, column state)``.
         backward: ``(sets, gradients, grad, row state, column state, *scalars, *options)`` -> gradients of the scalars;
             adds to ``gradients``.
         fake_state: ``(sets, *options) ->`` row and column state, for tracing.
     """
-    rest = "".join(f", Tensor {scalar}" for scalar in scalars) + (f", {options}" if options else "")
+    own = _COUNT + len(scalars)  # where options begin
+    rest = "".join(f", Tensor {scalar}" for scalar in scalars) + ", str kind, bool mean"
+    rest += f", {options}" if options else ""
     name_forward, name_backward = f"setemb::{name}", f"setemb::{name}_backward"
     define(name_forward, f"({_SETS}{rest}) -> (Tensor, Tensor, Tensor)")
-    results = ", ".join(["Tensor"] * (3 + len(scalars)))
-    needs = "bool need_x, bool need_y, bool need_alpha"
+    results = ", ".join(["Tensor"] * (4 + len(scalars)))
+    needs = "bool need_x, bool need_y, bool need_alpha, bool need_bias"
     define(name_backward, f"(Tensor grad, Tensor rows, Tensor columns, {_SETS}{rest}, {needs}) -> ({results})")
+
+    def sets_of(args: Sequence[Any]) -> Sets:
+        return Sets(*args[:_COUNT], *args[own : own + 2])
+
+    def others(args: Sequence[Any]) -> Sequence[Any]:
+        """Scalars and options."""
+        return *args[_COUNT:own], *args[own + 2 :]
 
     @torch.library.impl(name_forward, "CompositeExplicitAutograd")
     def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return forward(Sets(*args[:_COUNT]), *args[_COUNT:])
+        return forward(sets_of(args), *others(args))
 
     @torch.library.impl(name_backward, "CompositeExplicitAutograd")
     def _(grad: Tensor, rows: Tensor, columns: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        sets, rest, needs = Sets(*args[:_COUNT]), args[_COUNT:-3], args[-3:]
+        sets, rest, needs = sets_of(args), others(args[:-4]), args[-4:]
         gradients = Gradients(sets, *needs)
         by_scalars = backward(sets, gradients, grad.to(sets.dtype), rows, columns, *rest)
         return *gradients.results(), *(g.to(s.device, s.dtype) for g, s in zip(by_scalars, rest, strict=False))
 
     @torch.library.register_fake(name_forward)
     def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        sets = Sets(*args[:_COUNT])
-        return sets.x.new_empty((), dtype=sets.dtype), *fake_state(sets, *args[_COUNT + len(scalars) :])
+        sets = sets_of(args)
+        return sets.x.new_empty((), dtype=sets.dtype), *fake_state(sets, *args[own + 2 :])
 
     @torch.library.register_fake(name_backward)
     def _(grad: Tensor, rows: Tensor, columns: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        sets, (need_x, need_y, need_alpha) = Sets(*args[:_COUNT]), args[-3:]
+        sets, (need_x, need_y, need_alpha, need_bias) = sets_of(args), args[-4:]
         return (
             sets.x.new_empty(sets.x.shape if need_x else 0),
             sets.y.new_empty(sets.y.shape if need_y else 0),
             sets.alpha.new_empty(() if need_alpha else 0),
-            *(s.new_empty(()) for s in args[_COUNT : _COUNT + len(scalars)]),
+            sets.bias.new_empty(() if need_bias else 0),
+            *(s.new_empty(()) for s in args[_COUNT:own]),
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors = _COUNT + len(scalars)
-        ctx.save_for_backward(*output[1:], *inputs[:tensors])
-        ctx.options = inputs[tensors:]
+        ctx.save_for_backward(*output[1:], *inputs[:own])
+        ctx.options = inputs[own:]
 
     def autograd(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         op = getattr(torch.ops.setemb, f"{name}_backward")
-        x, y, alpha, *by_scalars = op(grad, *ctx.saved_tensors, *ctx.options, *needs[:3])
-        first = [g if need else None for g, need in zip((x, y, alpha), needs, strict=False)]
-        last = [g if need else None for g, need in zip(by_scalars, needs[_COUNT:], strict=False)]
-        return *first, *(None,) * (_COUNT - 3), *last, *(None for _ in ctx.options)
+        found = op(grad, *ctx.saved_tensors, *ctx.options, *needs[:4])
+        first = [g if need else None for g, need in zip(found[:4], needs, strict=False)]
+        last = [g if need else None for g, need in zip(found[4:], needs[_COUNT:], strict=False)]
+        return *first, *(None,) * (_COUNT - 4), *last, *(None for _ in ctx.options)
 
     torch.library.register_autograd(name_forward, autograd, setup_context=setup_context)
     forbid_double_backward(name_backward)

@@ -2,8 +2,8 @@
 
 A loss asks for a tile of similarities, takes from it what it needs (a maximum, a sum of exponentials), and drops it;
 in the backward pass it asks again, turns the tile into gradients of the loss for those similarities, and hands them to
-the backward of `smooth_chamfer`. So no more than a tile is ever stored, on any device: the kernels are those of
-``setemb::smooth_chamfer``, whatever serves it.
+the backward of the similarity. So no more than a tile is ever stored, on any device: the kernels are those of
+``setemb::smooth_chamfer`` and ``setemb::set_similarity``, whatever serves them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from setemb_kernels.losses.similarity import Measure
 
 TILE = 1024
 """Sets on either side of a tile: 4 MiB of similarities, and products large enough for their kernels."""
@@ -24,10 +26,14 @@ class Sets(NamedTuple):
     x: Tensor
     y: Tensor
     alpha: Tensor
+    bias: Tensor
     x_mask: Tensor | None
     y_mask: Tensor | None
     x_group: Tensor | None
     y_group: Tensor | None
+    kind: str = "smooth_chamfer"
+    """Of similarity; see `setemb_kernels.set_similarity`, and there alpha, bias (scale is alpha here) and mean."""
+    mean: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,8 +49,11 @@ class Sets(NamedTuple):
     def similarity(self, rows: slice, columns: slice) -> Tensor:
         """``[n, m]`` in `dtype`."""
         masks = [None if m is None else m[s] for m, s in ((self.x_mask, rows), (self.y_mask, columns))]
-        s: Tensor = torch.ops.setemb.smooth_chamfer(self.x[rows], self.y[columns], self.alpha, *masks, True)
-        return s
+        return self.measure.forward(self.x[rows], self.y[columns], *masks)
+
+    @property
+    def measure(self) -> Measure:
+        return Measure(self.kind, self.mean, self.alpha, self.bias)
 
     def positive(self, rows: slice, columns: slice) -> Tensor:
         """bool ``[n, m]``: which pairs of the tile belong together. Without groups, set i of x with set i of y."""
@@ -64,43 +73,49 @@ class Sets(NamedTuple):
         return positive_pairs(x, y)
 
 
-class Gradients:
-    """Sums of what the tiles, or single pairs, add to the gradients of x, y and alpha."""
+TENSORS = 8
+"""Fields of `Sets` that are tensors; they come first."""
 
-    def __init__(self, sets: Sets, need_x: bool, need_y: bool, need_alpha: bool) -> None:
-        self.sets, self.needs = sets, (need_x, need_y, need_alpha)
+
+class Gradients:
+    """Sums of what the tiles, or single pairs, add to the gradients of x, y, alpha and bias."""
+
+    def __init__(self, sets: Sets, need_x: bool, need_y: bool, need_alpha: bool, need_bias: bool) -> None:
+        self.sets, self.needs = sets, (need_x, need_y, need_alpha, need_bias)
         self.x = torch.zeros_like(sets.x, dtype=sets.dtype) if need_x else sets.x.new_empty(0)
         self.y = torch.zeros_like(sets.y, dtype=sets.dtype) if need_y else sets.y.new_empty(0)
         self.alpha = torch.zeros((), dtype=torch.float64, device=sets.alpha.device)
+        self.bias = torch.zeros((), dtype=torch.float64, device=sets.bias.device)
 
     def add_tile(self, rows: slice, columns: slice, by_similarity: Tensor) -> None:
         """From the gradients ``[n, m]`` of the similarities of a tile."""
         s = self.sets
         masks = [None if m is None else m[p] for m, p in ((s.x_mask, rows), (s.y_mask, columns))]
-        x, y, alpha = torch.ops.setemb.smooth_chamfer_backward(
-            by_similarity, s.x[rows], s.y[columns], s.alpha, *masks, *self.needs
-        )
-        need_x, need_y, need_alpha = self.needs
+        x, y, alpha, bias = s.measure.backward(by_similarity, s.x[rows], s.y[columns], *masks, needs=self.needs)
+        need_x, need_y, need_alpha, need_bias = self.needs
         if need_x:
             self.x[rows] += x
         if need_y:
             self.y[columns] += y
         if need_alpha:
             self.alpha += alpha
+        if need_bias:
+            self.bias += bias
 
     def beside(self, sets: Sets) -> Gradients:
         """For the same x and alpha, whose sums go on, next to another y, whose own start at 0."""
-        other = Gradients(sets, False, self.needs[1], False)
-        other.needs, other.x, other.alpha = self.needs, self.x, self.alpha
+        other = Gradients(sets, False, self.needs[1], False, False)
+        other.needs, other.x, other.alpha, other.bias = self.needs, self.x, self.alpha, self.bias
         return other
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtypes of x, y and alpha; one that is not needed is empty ``[0]``."""
-        s, (need_x, need_y, need_alpha) = self.sets, self.needs
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the dtypes of x, y, alpha and bias; one that is not needed is empty ``[0]``."""
+        s, (need_x, need_y, need_alpha, need_bias) = self.sets, self.needs
         return (
             self.x.to(s.x.dtype) if need_x else self.x,
             self.y.to(s.y.dtype) if need_y else self.y,
             self.alpha.to(s.alpha.dtype) if need_alpha else s.alpha.new_empty(0),
+            self.bias.to(s.bias.dtype) if need_bias else s.bias.new_empty(0),
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from setemb_kernels.losses import pairs
 from setemb_kernels.losses._op import define_loss
-from setemb_kernels.losses.tiles import Gradients, Sets
+from setemb_kernels.losses.tiles import TENSORS, Gradients, Sets
 from setemb_kernels.ops.smooth_chamfer.op import hardest_kernel
 
 KINDS = ("hardest", "semi-hard", "all")
@@ -86,9 +86,9 @@ def add_summed(gradients: Gradients, rows: Tensor, columns: Tensor, by_similarit
 
 def _hardest(sets: Sets) -> tuple[Tensor, Tensor]:
     """For each row and each column the index of its most similar negative, -1 where it has none."""
-    kernel = hardest_kernel(sets.x, sets.y)
+    kernel = hardest_kernel(sets.x, sets.y) if sets.kind == "smooth_chamfer" else None
     if kernel is not None:
-        of_rows, of_columns = kernel(*sets)
+        of_rows, of_columns = kernel(sets.x, sets.y, sets.alpha, *sets[4:TENSORS])
         return of_rows.who, of_columns.who
     rows, columns = (Winners.of(v, sets.dtype) for v in (sets.x, sets.y))
     add_candidates(sets, rows, columns)
