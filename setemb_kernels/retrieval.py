@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from setemb_kernels import _check
+from setemb_kernels.measure import Measure
+from setemb_kernels.ops.set_similarity.op import Kind
 from setemb_kernels.ops.smooth_chamfer import mixed
 
 CHUNK = 1024
@@ -33,10 +35,10 @@ def set_topk(
     gallery: Tensor,
     k: int,
     *,
-    kind: str = "smooth_chamfer",
+    kind: Kind = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
     match_bias: float | Tensor = 0.0,
-    reduction: str = "sum",
+    reduction: Literal["sum", "mean"] = "sum",
     query_mask: Tensor | None = None,
     gallery_mask: Tensor | None = None,
     gallery_scale: Tensor | None = None,
@@ -69,7 +71,7 @@ def set_topk(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    measure = Measure.of(kind, alpha, match_bias, reduction, queries)
+    measure = Measure.of(kind, alpha, match_bias, reduction, queries.device)
     search = _Search(queries, gallery, measure, query_mask, gallery_mask, gallery_scale, chunk)
     N, M = len(queries), len(gallery)
     if isinstance(k, bool) or not isinstance(k, int):
@@ -115,10 +117,10 @@ def set_rank(
     *,
     x_group: Tensor,
     y_group: Tensor,
-    kind: str = "smooth_chamfer",
+    kind: Kind = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
     match_bias: float | Tensor = 0.0,
-    reduction: str = "sum",
+    reduction: Literal["sum", "mean"] = "sum",
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     chunk: int | None = None,
@@ -140,7 +142,7 @@ def set_rank(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    measure = Measure.of(kind, alpha, match_bias, reduction, x)
+    measure = Measure.of(kind, alpha, match_bias, reduction, x.device)
     search = _Search(x, y, measure, x_mask, y_mask, None, chunk, names=("x", "y"))
     for name, group, sets in (("x_group", x_group, x), ("y_group", y_group, y)):
         if group is None:
@@ -216,7 +218,14 @@ class _Search:
         x_mask = None if self.x_mask is None else self.x_mask[rows]
         y_mask = None if self.y_mask is None else self.y_mask[columns].to(self.x.device)
         with torch.autocast(x.device.type, enabled=False):
-            return mixed.similarity(x, y, self.alpha, x_mask, y_mask, y_scale)
+            if self.measure.kind == "smooth_chamfer":
+                return mixed.similarity(x, y, self.measure.alpha, x_mask, y_mask, y_scale)
+            if y.dtype == x.dtype and y_scale is None:
+                return self.measure.forward(x, y, x_mask, y_mask)
+            out = x.new_empty(len(x), len(y))
+            for part, decoded in mixed.decoded(y, x.dtype, y_scale):
+                out[:, part] = self.measure.forward(x, decoded, x_mask, None if y_mask is None else y_mask[part])
+            return out
 
 
 def _pieces(count: int, size: int) -> Iterator[slice]:

@@ -32,7 +32,9 @@ from setemb_kernels import _check
 from setemb_kernels.distributed.function import compute
 from setemb_kernels.distributed.losses import InfoNCE, Loss, Sigmoid
 from setemb_kernels.distributed.triplets import HardestTriplet, PairsTriplet
-from setemb_kernels.losses import check_bias, check_negatives, check_sets
+from setemb_kernels.losses import check_negatives, check_sets
+from setemb_kernels.measure import check_bias
+from setemb_kernels.ops.set_similarity.op import Kind
 
 __all__ = ["set_infonce_loss", "set_sigmoid_loss", "set_triplet_loss"]
 
@@ -41,7 +43,7 @@ def set_triplet_loss(
     x: Tensor,
     y: Tensor,
     *,
-    kind: str = "smooth_chamfer",
+    kind: Kind = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
     match_bias: float | Tensor = 0.0,
     reduction: Literal["sum", "mean"] = "sum",
@@ -81,7 +83,7 @@ def set_infonce_loss(
     x: Tensor,
     y: Tensor,
     *,
-    kind: str = "smooth_chamfer",
+    kind: Kind = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
     match_bias: float | Tensor = 0.0,
     reduction: Literal["sum", "mean"] = "sum",
@@ -107,7 +109,7 @@ def set_sigmoid_loss(
     x: Tensor,
     y: Tensor,
     *,
-    kind: str = "smooth_chamfer",
+    kind: Kind = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
     match_bias: float | Tensor = 0.0,
     reduction: Literal["sum", "mean"] = "sum",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from setemb_kernels import _check
 from setemb_kernels.losses import infonce, sigmoid, triplet
+from setemb_kernels.measure import Measure, check_bias
+from setemb_kernels.ops.set_similarity.op import Kind
 
 __all__ = ["set_infonce_loss", "set_sigmoid_loss", "set_triplet_loss"]
 
@@ -18,7 +19,7 @@ def set_triplet_loss(
     x: Tensor,
     y: Tensor,
     *,
-    kind: str = "smooth_chamfer",
+    kind: Kind = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
     match_bias: float | Tensor = 0.0,
     reduction: Literal["sum", "mean"] = "sum",
@@ -76,7 +77,7 @@ def set_infonce_loss(
     x: Tensor,
     y: Tensor,
     *,
-    kind: str = "smooth_chamfer",
+    kind: Kind = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
     match_bias: float | Tensor = 0.0,
     reduction: Literal["sum", "mean"] = "sum",
@@ -118,7 +119,7 @@ def set_sigmoid_loss(
     x: Tensor,
     y: Tensor,
     *,
-    kind: str = "smooth_chamfer",
+    kind: Kind = "smooth_chamfer",
     alpha: float | Tensor = 16.0,
     match_bias: float | Tensor = 0.0,
     reduction: Literal["sum", "mean"] = "sum",
@@ -163,29 +164,17 @@ def check_sets(
     y_group: Tensor | None,
 ) -> tuple[tuple[Tensor | None, ...], tuple[str, bool]]:
     """What all losses take first, checked: the tensors of `tiles.Sets`, and what says which similarity it is."""
-    check_kind(kind, reduction)
     _check.similar_sets(x, y, x_mask, y_mask)
     for name, group, sets_name, sets in (("x_group", x_group, "x", x), ("y_group", y_group, "y", y)):
         _check.group(name, group, sets_name, sets)
     if (x_group is None) != (y_group is None):
         missing = "x_group" if x_group is None else "y_group"
         raise ValueError(f"{missing}: expected ids as for the other side, got None")
-    scalars = _check.sharpness("alpha", alpha, x.device), check_bias("match_bias", match_bias, x.device)
-    return (x, y, *scalars, x_mask, y_mask, x_group, y_group), (kind, reduction == "mean")
+    measure = Measure.of(kind, alpha, match_bias, reduction, x.device)
+    return (x, y, measure.alpha, measure.bias, x_mask, y_mask, x_group, y_group), (measure.kind, measure.mean)
 
 
 def check_negatives(kind: str) -> None:
     """The name of a kind of negatives of a triplet loss."""
     if kind not in triplet.KINDS:
         raise ValueError(f"negatives: expected one of {', '.join(triplet.KINDS)}, got {kind!r}")
-
-
-def check_bias(name: str, bias: float | Tensor, device: torch.device) -> Tensor:
-    """`bias`, a finite number, as a 0-dim tensor."""
-    if isinstance(bias, Tensor):
-        return _check.scalar(name, bias, device)
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-        raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(bias).__name__}")
-    if not -math.inf < bias < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {bias}")
-    return torch.tensor(float(bias), dtype=torch.float64)

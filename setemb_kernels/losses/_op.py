@@ -15,7 +15,9 @@ from torch import Tensor
 from setemb_kernels._library import define, forbid_double_backward, register_autocast
 from setemb_kernels.losses.tiles import TENSORS, Gradients, Sets
 
-_SETS = "Tensor x, Tensor y, Tensor alpha, Tensor bias, Tensor? x_mask, Tensor? y_mask, Tensor? x_group, Tensor? y_group"
+_SETS = (
+    "Tensor x, Tensor y, Tensor alpha, Tensor bias, Tensor? x_mask, Tensor? y_mask, Tensor? x_group, Tensor? y_group"
+)
 _COUNT = TENSORS
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., Sequence[Tensor]]

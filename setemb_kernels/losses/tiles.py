@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from setemb_kernels.losses.similarity import Measure
+from setemb_kernels.measure import Measure
 
 TILE = 1024
 """Sets on either side of a tile: 4 MiB of similarities, and products large enough for their kernels."""

@@ -6,6 +6,8 @@ decoded and goes through ``setemb::smooth_chamfer``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -37,15 +39,19 @@ def _decoded(
     x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, y_scale: Tensor | None
 ) -> Tensor:
     out = x.new_empty(len(x), len(y))
+    for part, some in decoded(y, x.dtype, y_scale):
+        mask = None if y_mask is None else y_mask[part]
+        out[:, part] = torch.ops.setemb.smooth_chamfer(x, some, alpha, x_mask, mask)
+    return out
+
+
+def decoded(y: Tensor, dtype: torch.dtype, y_scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """y a part at a time, as numbers of dtype."""
     step = max(1, PART_ELEMENTS // max(1, y.shape[1] * y.shape[2]))
     for first in range(0, len(y), step):
-        part = slice(first, first + step)
-        decoded = y[part].to(x.dtype)
-        if y_scale is not None:
-            decoded = decoded * y_scale[part, :, None]
-        mask = None if y_mask is None else y_mask[part]
-        out[:, part] = torch.ops.setemb.smooth_chamfer(x, decoded, alpha, x_mask, mask)
-    return out
+        part = slice(first, min(first + step, len(y)))
+        some = y[part].to(dtype)
+        yield part, some if y_scale is None else some * y_scale[part, :, None]
 
 
 torch.library.impl(FORWARD, "CompositeExplicitAutograd")(_decoded)

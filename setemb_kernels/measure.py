@@ -1,4 +1,6 @@
-"""Similarities of two batches of padded sets and their gradients, by kind, below autograd: what tiles and pairs call.
+"""Which similarity of sets: checked once, then computed and differentiated a part at a time, below autograd.
+
+What losses, search and ranks call.
 
 All pairs of smooth-Chamfer go to ``setemb::smooth_chamfer``; a mean over all pairs of vectors is the dot product of the
 means, which is smooth-Chamfer of sets of one vector; everything else goes to ``setemb::set_similarity``.
@@ -6,12 +8,14 @@ means, which is smooth-Chamfer of sets of one vector; everything else goes to ``
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from setemb_kernels.ops.set_similarity.op import set_similarity  # noqa: F401  (defines setemb::set_similarity)
+from setemb_kernels import _check
+from setemb_kernels.ops.set_similarity.op import Kind
 
 
 class Measure(NamedTuple):
@@ -23,6 +27,24 @@ class Measure(NamedTuple):
     alpha: Tensor
     """Of match_probability its scale."""
     bias: Tensor
+
+    @classmethod
+    def of(
+        cls, kind: str, alpha: float | Tensor, match_bias: float | Tensor, reduction: str, device: torch.device
+    ) -> Measure:
+        """Checked arguments of a public function.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+        if reduction == "mean" and kind not in ("maxsim", "soft_maxsim"):
+            raise ValueError(f"reduction: expected 'sum' for {kind}, which has one form, got 'mean'")
+        bias = check_bias("match_bias", match_bias, device)
+        return cls(kind, reduction == "mean", _check.sharpness("alpha", alpha, device), bias)
 
     def forward(
         self, x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, paired: bool = False
@@ -81,6 +103,17 @@ class Measure(NamedTuple):
         return torch.ones_like(self.alpha) if self.kind == "mean" else self.alpha
 
 
+def check_bias(name: str, bias: float | Tensor, device: torch.device) -> Tensor:
+    """`bias`, a finite number, as a 0-dim tensor."""
+    if isinstance(bias, Tensor):
+        return _check.scalar(name, bias, device)
+    if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+        raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(bias).__name__}")
+    if not -math.inf < bias < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {bias}")
+    return torch.tensor(float(bias), dtype=torch.float64)
+
+
 class _Packed(NamedTuple):
     rows: Tensor  # [N K, D], the valid ones first
     offsets: Tensor  # [N + 1]
@@ -120,4 +153,3 @@ def _means(v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | Non
         share = (mask.to(wide) / mask.sum(1, keepdim=True).clamp(min=1))[..., None]
         wide, some = torch.where(mask[..., None], wide, 0), mask.any(1, keepdim=True)
     return (wide * share).sum(1, keepdim=True), share, some
-
