@@ -37,9 +37,8 @@ class Batch:
         L, D = sets.y.shape[1:]
         ids = "no groups" if sets.x_group is None else "groups"
         dtype = str(sets.y.dtype).removeprefix("torch.")
-        described = (
-            f"{ring.name}({options}), {sets.kind}{' of means' if sets.mean else ''}, y {dtype} [*, {L}, {D}], {ids}"
-        )
+        kind = f"mean {sets.kind}" if sets.mean else sets.kind
+        described = f"{ring.name}({options}), {kind}, y {dtype} [*, {L}, {D}], {ids}"
         sizes = torch.tensor([len(sets.x), len(sets.y), sets.y_mask is not None, need_y])
         self.x_counts, self.y_counts, masked, needed = self._meet(sizes, described)
         self.x_shards, self.y_shards = _shards(self.x_counts), _shards(self.y_counts)

@@ -18,7 +18,6 @@ from setemb_kernels.losses.tiles import TENSORS, Gradients, Sets
 _SETS = (
     "Tensor x, Tensor y, Tensor alpha, Tensor bias, Tensor? x_mask, Tensor? y_mask, Tensor? x_group, Tensor? y_group"
 )
-_COUNT = TENSORS
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., Sequence[Tensor]]
 
@@ -42,7 +41,7 @@ def define_loss(
             adds to ``gradients``.
         fake_state: ``(sets, *options) ->`` row and column state, for tracing.
     """
-    own = _COUNT + len(scalars)  # where options begin
+    own = TENSORS + len(scalars)  # where options begin
     rest = "".join(f", Tensor {scalar}" for scalar in scalars) + ", str kind, bool mean"
     rest += f", {options}" if options else ""
     name_forward, name_backward = f"setemb::{name}", f"setemb::{name}_backward"
@@ -52,11 +51,11 @@ def define_loss(
     define(name_backward, f"(Tensor grad, Tensor rows, Tensor columns, {_SETS}{rest}, {needs}) -> ({results})")
 
     def sets_of(args: Sequence[Any]) -> Sets:
-        return Sets(*args[:_COUNT], *args[own : own + 2])
+        return Sets(*args[:TENSORS], *args[own : own + 2])
 
     def others(args: Sequence[Any]) -> Sequence[Any]:
         """Scalars and options."""
-        return *args[_COUNT:own], *args[own + 2 :]
+        return *args[TENSORS:own], *args[own + 2 :]
 
     @torch.library.impl(name_forward, "CompositeExplicitAutograd")
     def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +81,7 @@ def define_loss(
             sets.y.new_empty(sets.y.shape if need_y else 0),
             sets.alpha.new_empty(() if need_alpha else 0),
             sets.bias.new_empty(() if need_bias else 0),
-            *(s.new_empty(()) for s in args[_COUNT:own]),
+            *(s.new_empty(()) for s in args[TENSORS:own]),
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -94,8 +93,8 @@ def define_loss(
         op = getattr(torch.ops.setemb, f"{name}_backward")
         found = op(grad, *ctx.saved_tensors, *ctx.options, *needs[:4])
         first = [g if need else None for g, need in zip(found[:4], needs, strict=False)]
-        last = [g if need else None for g, need in zip(found[4:], needs[_COUNT:], strict=False)]
-        return *first, *(None,) * (_COUNT - 4), *last, *(None for _ in ctx.options)
+        last = [g if need else None for g, need in zip(found[4:], needs[TENSORS:], strict=False)]
+        return *first, *(None,) * (TENSORS - 4), *last, *(None for _ in ctx.options)
 
     torch.library.register_autograd(name_forward, autograd, setup_context=setup_context)
     forbid_double_backward(name_backward)

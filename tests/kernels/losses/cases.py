@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -33,6 +33,9 @@ class Case:
     masks: str = ""
     """"random", "some empty" or none."""
     norm: float = 1.0
+    kind: str = ""
+    """Of similarity; unless given, smooth_chamfer by default."""
+    reduction: str = ""
 
     def build(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -41,6 +44,9 @@ class Case:
             for n, k in ((self.N, self.K), (self.M, self.L))
         )
         arguments = {"x": x.to(dtype), "y": y.to(dtype), "alpha": torch.tensor(self.alpha, dtype=torch.float64)}
+        arguments |= {name: v for name, v in (("kind", self.kind), ("reduction", self.reduction)) if v}
+        if self.kind == "match_probability":
+            arguments["match_bias"] = torch.tensor(-0.5, dtype=torch.float64)
         if self.groups:
             for name, n in (("x_group", self.N), ("y_group", self.M)):
                 arguments[name] = torch.randint(-self.groups, 0, (n,), generator=generator)
@@ -73,6 +79,23 @@ CASES = [
 ]
 
 
+KINDS = [
+    replace(case, name=f"{case.name}, {kind} {reduction}".strip(), kind=kind, reduction=reduction)
+    for kind, reduction in (
+        ("chamfer", ""),
+        ("maxsim", ""),
+        ("maxsim", "mean"),
+        ("soft_maxsim", ""),
+        ("max", ""),
+        ("mean", ""),
+        ("match_probability", ""),
+    )
+    for case in CASES
+    if case.name in ("more columns than rows", "groups", "empty sets", "one vector a set", "nothing in y")
+]
+"""The same of other similarities."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss, the numbers it takes, and the same over stored similarities."""
@@ -99,6 +122,9 @@ def stored_similarity(
     y_mask: Tensor | None = None,
     x_group: Tensor | None = None,
     y_group: Tensor | None = None,
+    kind: str = "smooth_chamfer",
+    reduction: str = "sum",
+    match_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``[N, M]`` in the dtype of x, and which pairs are positive."""
     if x_group is None or y_group is None:
@@ -107,11 +133,28 @@ def stored_similarity(
         v.new_ones(v.shape[:2], dtype=torch.bool) if mask is None else mask for v, mask in ((x, x_mask), (y, y_mask))
     )
     alpha = alpha.to(x.dtype)
-    z = alpha * torch.einsum("nkd,mld->nmkl", torch.where(a[..., None], x, 0), torch.where(b[..., None], y, 0))
-    z = torch.where(a[:, None, :, None] & b[:, None], z, float("-inf"))
-    by_row = torch.where(a[:, None] & b.any(1)[:, None], z.logsumexp(3), 0).sum(2) / a.sum(1).clamp(min=1)[:, None]
-    by_column = torch.where(a.any(1)[:, None, None] & b, z.logsumexp(2), 0).sum(2) / b.sum(1).clamp(min=1)
-    return (by_row + by_column) / (2 * alpha), x_group[:, None] == y_group
+    c = torch.einsum("nkd,mld->nmkl", torch.where(a[..., None], x, 0), torch.where(b[..., None], y, 0))
+    valid, soft = a[:, None, :, None] & b[:, None], kind in ("smooth_chamfer", "soft_maxsim")
+    x_count, y_count = a.sum(1).clamp(min=1)[:, None], b.sum(1).clamp(min=1)
+    if kind in ("mean", "match_probability"):
+        values = c if match_bias is None else torch.sigmoid(alpha * c + match_bias.to(x.dtype))
+        return torch.where(valid, values, 0).sum((2, 3)) / (x_count * y_count), x_group[:, None] == y_group
+    z = torch.where(valid, alpha * c if soft else c, float("-inf"))
+    largest = {dim: z.logsumexp(dim) if soft else first_maximum(z, dim) for dim in (2, 3)}
+    by_row = torch.where(a[:, None] & b.any(1)[:, None], largest[3], 0).sum(2)
+    by_column = torch.where(a.any(1)[:, None, None] & b, largest[2], 0).sum(2)
+    if kind == "max":
+        s = torch.where(a.any(1)[:, None] & b.any(1), first_maximum(z.flatten(2), 2), 0)
+    elif kind in ("maxsim", "soft_maxsim"):
+        s = by_row / x_count if reduction == "mean" else by_row
+    else:
+        s = (by_row / x_count + by_column / y_count) / 2
+    return s / alpha if soft else s, x_group[:, None] == y_group
+
+
+def first_maximum(values: Tensor, dim: int) -> Tensor:
+    """Of equals the first has the gradient."""
+    return values.take_along_dim(values.argmax(dim, keepdim=True), dim).squeeze(dim)
 
 
 def stored_triplet(s: Tensor, positive: Tensor, margin: float, negatives: str) -> Tensor:
@@ -155,7 +198,9 @@ def with_gradients(
     compute: Callable[[dict[str, Any], dict[str, Tensor]], Tensor], arguments: dict[str, Any], scalars: dict[str, float]
 ) -> dict[str, Tensor]:
     """The loss and its gradients for x, y, alpha and the scalars."""
-    leaves = {n: arguments[n].detach().clone().requires_grad_() for n in ("x", "y", "alpha")}
+    leaves = {
+        n: arguments[n].detach().clone().requires_grad_() for n in ("x", "y", "alpha", "match_bias") if n in arguments
+    }
     numbers = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in scalars.items()}
     loss = compute(arguments | leaves, numbers)
     named = leaves | numbers
@@ -178,10 +223,11 @@ def check(loss: Loss, case: Case, dtype: torch.dtype, device: str = "cpu") -> No
     """
     arguments = case.build(dtype)
     double, single = (
-        {n: v.to(t) if v.is_floating_point() else v for n, v in arguments.items()}
+        {n: v.to(t) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
         for t in (torch.float64, torch.float32)
     )
-    got = with_gradients(loss.run, {n: v if n == "alpha" else v.to(device) for n, v in arguments.items()}, loss.scalars)
+    there = {n: v.to(device) if isinstance(v, Tensor) and v.dim() else v for n, v in arguments.items()}
+    got = with_gradients(loss.run, there, loss.scalars)
     truth = with_gradients(loss.eager, double, loss.scalars)
     plain = with_gradients(loss.eager, single, loss.scalars)
     assert got["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -206,10 +252,13 @@ def conditioning(loss: Loss, arguments: dict[str, Any]) -> tuple[float, dict[str
     numbers = {n: torch.tensor(v, dtype=torch.float64) for n, v in loss.scalars.items()}
     (g,) = torch.autograd.grad(loss.stored(s, positive, **numbers, **loss.options), s)
     alpha, factor = arguments["alpha"], loss.scalars.get("scale", 1 / loss.scalars.get("temperature", 1.0))
-    entropy = math.log(max(arguments["x"].shape[1], arguments["y"].shape[1]))
+    K, L = arguments["x"].shape[1], arguments["y"].shape[1]
+    entropy = math.log(max(K, L)) * (K if arguments.get("kind") == "soft_maxsim" else 1)
+    by_alpha = torch.ones(()) / 4 if "match_bias" in arguments else entropy / alpha.square()
     sizes = {
         "loss": 1.0,
-        "alpha.grad": (g.abs().sum() * entropy / alpha.square()).item(),
+        "alpha.grad": (g.abs().sum() * by_alpha).item(),
+        "match_bias.grad": g.abs().sum().item() / 4,
         "temperature.grad": (g * s).abs().sum().item() * factor,
         "scale.grad": (g * s).abs().sum().item() / factor,
         "bias.grad": g.abs().sum().item() / factor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.losses.cases import CASES, LOSSES, Case, check, cut_finely
+from tests.kernels.losses.cases import CASES, KINDS, LOSSES, Case, check, cut_finely
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -17,4 +17,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def test_loss(case: Case, name: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if tile == 6:
         cut_finely(monkeypatch)
+    check(LOSSES[name], case, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_other_similarities(case: Case, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_finely(monkeypatch)
     check(LOSSES[name], case, dtype)
