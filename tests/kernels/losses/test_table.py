@@ -20,7 +20,7 @@ def test_loss(case: Case, name: str, dtype: torch.dtype, tile: int, monkeypatch:
     check(LOSSES[name], case, dtype)
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
 def test_other_similarities(case: Case, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
