@@ -68,8 +68,8 @@ class Similarities:
                 if own.ndim != 3 or len(own) == 0:
                     raise ValueError(f"{where}{name} must have shape [n, K, D] with n > 0, got {list(own.shape)}")
                 if i and len(own) != len(getattr(self.members[0], name)):
-                    first = len(getattr(self.members[0], name))
-                    raise ValueError(f"{where}{name} must be of the {first} that the first model has, got {len(own)}")
+                    known = len(getattr(self.members[0], name))
+                    raise ValueError(f"{where}{name} must be of the {known} that the first model has, got {len(own)}")
             self.members.append(Encoded(**sets, similarity=member.similarity, alpha=member.alpha))
         first = self.members[0]
         self.shape = len(first.image_sets), len(first.caption_sets)
