@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import logging
 import os
 import sys
@@ -18,11 +17,11 @@ try:
     import typer.core
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 except ImportError as error:
     raise SystemExit(f'the command line needs {error.name}: pip install "setemb[train]"') from error
 
 _ELSEWHERE = {
+    "eval": "setemb.eval_cli",
     "index": "setemb.index_cli",
     "search": "setemb.index_cli",
     "serve": "setemb.index_cli",
@@ -53,6 +52,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def commands() -> None:  # with it, the one command of this module is one of several
+    pass
 
 
 @app.command()
@@ -111,75 +115,6 @@ def train(
         model = train_precomp(config, folder, resume=resume is not None)
     if first():
         tell(f"model: {model}")
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run's folder, a saved model's folder or a checkpoint file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[data.KEY=VALUE]...", help="data.dir=...")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Which split to evaluate.  [default: the run's dev split]", show_default=False)
-    ] = None,
-    folds: Annotated[int | None, typer.Option(help="Mean over so many contiguous parts (5 for COCO 1K).")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
-    eccv: Annotated[
-        bool,
-        typer.Option(
-            "--eccv", help="Also ECCV Caption and CxC; the split is the test split of COCO in its usual order."
-        ),
-    ] = False,
-    pmrp: Annotated[
-        Path | None,
-        typer.Option(help="With --eccv, also PMRP: the folder with pm_*.json.", show_default=False),
-    ] = None,
-) -> None:
-    """Evaluate a model: R@1, R@5, R@10 and ranks, both ways.
-
-    Of a run, its data and settings are those of training, changed by data.KEY=VALUE.
-    """
-    with usage_errors():
-        from setemb.checkpoint import write_file
-        from setemb.training import encode_precomp, evaluate_sets, evaluation_settings, load_trained
-
-        for override in overrides or []:
-            if not override.startswith("data."):
-                raise ValueError(f"eval takes data.KEY=VALUE settings alone, got {override!r}")
-        if pmrp is not None and not eccv:
-            raise ValueError("--pmrp goes with --eccv")
-        embedder, trained = load_trained(model)
-        settings = evaluation_settings(embedder, trained, overrides or [])
-        split = split or settings.dev_split
-        embedder, parts = encode_precomp(embedder, settings, split)
-        report = evaluate_sets(embedder, parts, folds)
-        figures = {"split": split, **report.to_dict()}
-        if eccv:
-            figures["eccv"] = _eccv(embedder, parts, pmrp)
-        if json_file is not None:
-            write_file(json_file, (json.dumps(figures, indent=2) + "\n").encode())
-    table = Table(title=escape(f"{model}, split {split}: RSUM {report.rsum:.1f}"))
-    for column in ("", "R@1", "R@5", "R@10", "median rank", "mean rank"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, recall in (("image → text", report.image_to_text), ("text → image", report.text_to_image)):
-        row = (recall.r1, recall.r5, recall.r10, recall.median_rank, recall.mean_rank)
-        table.add_row(name, *(f"{figure:.1f}" for figure in row))
-    Console().print(table)
-    if eccv:
-        table = Table("", *figures["eccv"])
-        for way, name in (("image_to_text", "image → text"), ("text_to_image", "text → image")):
-            table.add_row(name, *(f"{of[way]:.1f}" for of in figures["eccv"].values()))
-        Console().print(table)
-
-
-def _eccv(model: Any, parts: Any, pmrp: Path | None) -> dict[str, dict[str, float]]:
-    """Figures of `setemb.coco`."""
-    import torch
-
-    from setemb.coco import evaluate_eccv_caption
-
-    if model.config.similarity == "max":
-        raise ValueError("--eccv wants a model of similarity smooth_chamfer or cosine, got max")
-    images, captions = (torch.cat([part[i] for part in parts]).float() for i in (0, 1))
-    return evaluate_eccv_caption(images, captions, pmrp_files=pmrp, alpha=model.config.alpha)
 
 
 def tell(text: str) -> None:

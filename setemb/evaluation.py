@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from setemb.files import as_tensor
-from setemb.similarity import Similarity, set_similarity
-from setemb_kernels import set_rank
-from setemb_kernels.retrieval import Ranks
-
-SimilarityFunction = Callable[[Tensor, Tensor], Tensor]
-"""Sets ``[n, K, D]`` and ``[m, L, D]`` -> ``[n, m]``."""
+from setemb.ensemble import Encoded, Similarities, SimilarityFunction
+from setemb.similarity import Similarity
+from setemb_kernels.retrieval import rank_of_tiles
 
 
 @dataclass(frozen=True)
@@ -104,24 +99,29 @@ def evaluate_retrieval(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    image_sets, caption_sets = as_tensor(image_sets), as_tensor(caption_sets)
-    for name, sets in (("image_sets", image_sets), ("caption_sets", caption_sets)):
-        if sets.ndim != 3 or len(sets) == 0:
-            raise ValueError(f"{name} must have shape [n, K, D] with n > 0, got {list(sets.shape)}")
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+    of = Similarities([Encoded(image_sets, caption_sets, similarity, alpha)], block)
+    return evaluate_similarities(of, captions_per_image, folds, image_groups, caption_groups)
+
+
+@torch.inference_mode()
+def evaluate_similarities(
+    similarities: Similarities,
+    captions_per_image: int = 5,
+    folds: int | None = None,
+    image_groups: Tensor | np.ndarray | None = None,
+    caption_groups: Tensor | np.ndarray | None = None,
+) -> RecallReport:
+    """`evaluate_retrieval` of one model or of an ensemble: ``Similarities([Encoded(...), Encoded(...)])``."""
+    N, M = similarities.shape
     own_images, own_captions = (
-        ids.to(image_sets.device)
-        for ids in _groups(len(image_sets), len(caption_sets), captions_per_image, image_groups, caption_groups)
+        ids.to(similarities.device) for ids in _groups(N, M, captions_per_image, image_groups, caption_groups)
     )
     parts = _folds(own_images, own_captions, folds)
     ranks = []
     for i, c in parts:
-        found = _ranks(
-            _rows(image_sets, i), _rows(caption_sets, c), own_images[i], own_captions[c], similarity, alpha, block
-        )
+        found = rank_of_tiles(similarities.part(i, c), own_images[i], own_captions[c])
         ranks.append((found.x.cpu().numpy(), found.y.cpu().numpy()))
-    caption_ranks = np.empty(len(caption_sets), np.int64)
+    caption_ranks = np.empty(M, np.int64)
     for (_, c), (_, of_fold) in zip(parts, ranks, strict=True):
         caption_ranks[c.cpu().numpy()] = of_fold
 
@@ -134,70 +134,6 @@ def evaluate_retrieval(
         np.concatenate([image_ranks for image_ranks, _ in ranks]),
         caption_ranks,
     )
-
-
-def _rows(sets: Tensor, rows: Tensor) -> Tensor:
-    """These rows, without a copy where they follow each other."""
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == len(rows) and bool((rows[1:] > rows[:-1]).all()):
-        return sets[first : last + 1]
-    return sets[rows.to(sets.device)]
-
-
-def _ranks(
-    images: Tensor,
-    captions: Tensor,
-    image_groups: Tensor,
-    caption_groups: Tensor,
-    similarity: Similarity | SimilarityFunction,
-    alpha: float,
-    block: int,
-) -> Ranks:
-    """Ranks from 0 of the best relevant item, for each image and for each caption."""
-    if not callable(similarity):
-        if similarity not in get_args(Similarity):
-            raise ValueError(f"similarity must be one of {', '.join(get_args(Similarity))}, got {similarity!r}")
-        if similarity == "cosine" and (images.shape[1] != 1 or captions.shape[1] != 1):
-            set_similarity(images[:1], captions[:1], similarity)  # says so
-        if similarity in ("smooth_chamfer", "cosine"):  # of sets of one vector they are equal
-            groups = {"x_group": image_groups, "y_group": caption_groups}
-            return set_rank(images, captions, **groups, alpha=alpha, chunk=block)
-        kind = similarity
-        return _ranks_by(
-            lambda x, y: set_similarity(x.float(), y.float(), kind),
-            images,
-            captions,
-            image_groups,
-            caption_groups,
-            block,
-        )
-    return _ranks_by(similarity, images, captions, image_groups, caption_groups, block)
-
-
-def _ranks_by(
-    similarity: SimilarityFunction, x: Tensor, y: Tensor, x_group: Tensor, y_group: Tensor, block: int
-) -> Ranks:
-    """What `set_rank` counts, by any similarity: tiles with relevant pairs are made twice."""
-    tiles = [
-        (slice(i, min(i + block, len(x))), slice(j, min(j + block, len(y))))
-        for i in range(0, len(x), block)
-        for j in range(0, len(y), block)
-    ]
-    y_group = y_group.to(x_group.device)
-    # in float64, which holds every score as it is
-    best_x, best_y = (torch.full_like(ids, -torch.inf, dtype=torch.float64) for ids in (x_group, y_group))
-    for i, j in tiles:
-        relevant = x_group[i, None] == y_group[j]
-        if relevant.any():
-            s = similarity(x[i], y[j]).double()
-            s = s.masked_fill(~relevant | s.isnan(), -torch.inf)
-            best_x[i], best_y[j] = torch.maximum(best_x[i], s.amax(1)), torch.maximum(best_y[j], s.amax(0))
-    ranks = Ranks(torch.zeros_like(x_group), torch.zeros_like(y_group))
-    for i, j in tiles:
-        s, other = similarity(x[i], y[j]).double(), x_group[i, None] != y_group[j]
-        ranks.x[i] += (~(s < best_x[i, None]) & other).sum(1)
-        ranks.y[j] += (~(s < best_y[j]) & other).sum(0)
-    return ranks
 
 
 def _groups(

@@ -21,6 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,12 +67,13 @@ from setemb.data.loader import RetrievalData, RetrievalDataModule, evaluation_lo
 from setemb.data.precomp import PrecompDataset
 from setemb.data.vectors import read_vectors
 from setemb.data.vocab import Vocabulary
-from setemb.evaluation import RecallReport, evaluate_retrieval
+from setemb.ensemble import Encoded, Similarities
+from setemb.evaluation import RecallReport, evaluate_similarities
 from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import GRUTextEncoder, TransformerTextEncoder
 from setemb.processes import first, gathered_by_first, launched, place
-from setemb.similarity import Similarity
+from setemb.similarity import set_similarity
 from setemb_kernels.distributed.ring import Ring
 
 # Its remarks on devices and services are of no use here; its warnings stay.
@@ -252,17 +254,22 @@ def evaluate_sets(
     model: SetEmbedder, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], folds: int | None = None
 ) -> RecallReport:
     """Recall over batches of (image sets, caption sets, image groups, caption groups)."""
-    image_sets, caption_sets, image_groups, caption_groups = (torch.cat(p) for p in zip(*parts, strict=True))
-    kind = model.config.similarity
-    return evaluate_retrieval(
-        image_sets.float(),
-        caption_sets.float(),
-        folds=folds,
-        similarity=model.similarity if kind == "match_probability" else cast(Similarity, kind),
-        alpha=model.config.alpha,
-        image_groups=image_groups,
-        caption_groups=caption_groups,
+    encoded, image_groups, caption_groups = encoded_by(model, parts)
+    return evaluate_similarities(
+        Similarities([encoded]), folds=folds, image_groups=image_groups, caption_groups=caption_groups
     )
+
+
+def encoded_by(
+    model: SetEmbedder, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+) -> tuple[Encoded, Tensor, Tensor]:
+    """Batches as in `evaluate_sets` as what a model made of a whole collection, and its groups; it holds no model."""
+    image_sets, caption_sets, image_groups, caption_groups = (torch.cat(p) for p in zip(*parts, strict=True))
+    kind: Any = model.config.similarity
+    if kind == "match_probability":
+        kind = partial(set_similarity, kind=kind, scale=model.match_scale.detach(), bias=model.match_bias.detach())
+    encoded = Encoded(image_sets.float(), caption_sets.float(), kind, model.config.alpha)
+    return encoded, image_groups, caption_groups
 
 
 @torch.inference_mode()
@@ -480,9 +487,16 @@ def encode_precomp(
     """The model (or `load_model` of a path), and what it makes of a split of a folder of data."""
     data = open_split(settings, split)
     model = path if isinstance(path, SetEmbedder) else load_model(path)
+    return model, encode_split(model, settings, data)
+
+
+def encode_split(
+    model: SetEmbedder, settings: DataConfig, data: CaptionedImages
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What a model makes of a split that `setemb.data.folder.open_split` opened; errors as in `check_fits`."""
     check_fits(model.config.image, data, settings)
     data.captions = captions_for(model, data.texts, settings)
-    return model, encode_dataset(model, data, settings.batch_size)
+    return encode_dataset(model, data, settings.batch_size)
 
 
 def start_at_vectors(model: SetEmbedder, vocabulary: Vocabulary) -> None:

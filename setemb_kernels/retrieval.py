@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,27 @@ CHUNK = 1024
 
 LONGEST = 1 << 16
 """The most sets of a gallery in a tile."""
+
+
+class Tiles(Protocol):
+    """Similarities of N rows with M columns, made a tile at a time: what `topk_of_tiles` and `rank_of_tiles` walk over.
+
+    A tile that is made twice must have the same bits twice, so that equals are equals.
+    """
+
+    shape: tuple[int, int]
+    """N and M."""
+    dtype: torch.dtype
+    """Of the similarities, floating."""
+    device: torch.device
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of each tile, rows outermost."""
+        ...
+
+    def similarity(self, rows: slice, columns: slice) -> Tensor:
+        """``[n, m]``, which the caller may overwrite."""
+        ...
 
 
 class TopK(NamedTuple):
@@ -71,15 +92,21 @@ def set_topk(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    _check.floating("queries", queries, _check.SETS)
     measure = Measure.of(kind, alpha, match_bias, reduction, queries.device)
-    search = _Search(queries, gallery, measure, query_mask, gallery_mask, gallery_scale, chunk)
-    N, M = len(queries), len(gallery)
+    return topk_of_tiles(SetTiles(queries, gallery, measure, query_mask, gallery_mask, gallery_scale, chunk), k)
+
+
+@torch.no_grad()
+def topk_of_tiles(search: Tiles, k: int) -> TopK:
+    """`set_topk` of any similarities: the columns are the gallery."""
+    N, M = search.shape
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
     if not 1 <= k <= M:
         raise ValueError(f"k: expected 1 <= k <= {M}, the sets of gallery, got {k}")
-    values = queries.new_full((N, k), -torch.inf, dtype=search.dtype)
-    indices = torch.full((N, k), -1, dtype=torch.int64, device=queries.device)
+    values = torch.full((N, k), -torch.inf, dtype=search.dtype, device=search.device)
+    indices = torch.full((N, k), -1, dtype=torch.int64, device=search.device)
     for rows, columns in search.tiles():
         s = search.similarity(rows, columns)
         s.masked_fill_(s.isnan(), -torch.inf)
@@ -142,42 +169,49 @@ def set_rank(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    _check.floating("x", x, _check.SETS)
     measure = Measure.of(kind, alpha, match_bias, reduction, x.device)
-    search = _Search(x, y, measure, x_mask, y_mask, None, chunk, names=("x", "y"))
+    search = SetTiles(x, y, measure, x_mask, y_mask, None, chunk, names=("x", "y"))
     for name, group, sets in (("x_group", x_group, x), ("y_group", y_group, y)):
         if group is None:
             raise TypeError(f"{name}: expected a torch.Tensor of integers, got None")
         _check.group(name, group, name[0], sets)
-    best_x = x.new_full((len(x),), -torch.inf, dtype=search.dtype)
-    best_y = x.new_full((len(y),), -torch.inf, dtype=search.dtype)
-    related = y_group.to(x.device)
+    return rank_of_tiles(search, x_group, y_group.to(x.device))
+
+
+@torch.no_grad()
+def rank_of_tiles(search: Tiles, x_group: Tensor, y_group: Tensor) -> Ranks:
+    """`set_rank` of any similarities, x the rows and y the columns; ids on the device of the tiles."""
+    best_x, best_y = (
+        torch.full((len(group),), -torch.inf, dtype=search.dtype, device=search.device) for group in (x_group, y_group)
+    )
     for rows, columns in search.tiles():
-        relevant = x_group[rows, None] == related[columns]
+        relevant = x_group[rows, None] == y_group[columns]
         if relevant.any():
             s = search.similarity(rows, columns)
             s.masked_fill_(~relevant | s.isnan(), -torch.inf)
             best_x[rows] = torch.maximum(best_x[rows], s.amax(1))
             best_y[columns] = torch.maximum(best_y[columns], s.amax(0))
-    ranks = Ranks(*(torch.zeros(len(sets), dtype=torch.int64, device=x.device) for sets in (x, y)))
+    ranks = Ranks(*(torch.zeros(n, dtype=torch.int64, device=search.device) for n in search.shape))
     for rows, columns in search.tiles():
-        s, relevant = search.similarity(rows, columns), x_group[rows, None] == related[columns]
+        s, relevant = search.similarity(rows, columns), x_group[rows, None] == y_group[columns]
         ranks.x[rows] += (~(s < best_x[rows, None]) & ~relevant).sum(1)
         ranks.y[columns] += (~(s < best_y[columns]) & ~relevant).sum(0)
     return ranks
 
 
-class _Search:
-    """Two batches of sets, checked, and the similarities of their tiles."""
+class SetTiles:
+    """`Tiles` of two batches of sets, which are checked; ``names`` are what errors call them."""
 
     def __init__(
         self,
         x: Tensor,
         y: Tensor,
         measure: Measure,
-        x_mask: Tensor | None,
-        y_mask: Tensor | None,
-        y_scale: Tensor | None,
-        chunk: int | None,
+        x_mask: Tensor | None = None,
+        y_mask: Tensor | None = None,
+        y_scale: Tensor | None = None,
+        chunk: int | None = None,
         names: tuple[str, str] = ("queries", "gallery"),
     ) -> None:
         x_name, y_name = names
@@ -198,6 +232,7 @@ class _Search:
             raise TypeError(f"chunk: expected an int or None, got {type(chunk).__name__}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
+        self.shape, self.device = (len(x), len(y)), x.device
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.x, self.y, self.x_mask, self.y_mask, self.y_scale = x, y, x_mask, y_mask, y_scale
         self.measure = measure

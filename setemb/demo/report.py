@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from setemb.charts import grouped_bars, lines
 from setemb.checkpoint import write_file
 from setemb.data.emoji import NOTICE, STYLES
-from setemb.demo.charts import grouped_bars, lines
 from setemb.features import with_context
 from setemb.pages import render_page
 

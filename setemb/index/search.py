@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from setemb.index.segments import Segment
-from setemb.similarity import Similarity, set_similarity
+from setemb.similarity import Similarity
 from setemb_kernels import set_topk
-
-BLOCK = 4096
-"""Sets compared at a time by other similarities than smooth_chamfer."""
 
 
 def best_of(
@@ -33,19 +30,17 @@ def best_of(
     n, wanted = len(segment.vectors), min(k, segment.live)
     looked_for = min(n, k + min(len(segment.deleted), k))
     while True:
-        if similarity in ("chamfer", "max"):
-            values, rows = _by_closest_pairs(queries, query_mask, segment, looked_for, similarity, block or BLOCK)
-        else:  # of sets of one vector, cosine is smooth_chamfer
-            values, rows = set_topk(
-                queries,
-                segment.vectors,
-                looked_for,
-                alpha=alpha,
-                query_mask=query_mask,
-                gallery_mask=segment.mask,
-                gallery_scale=segment.scale,
-                chunk=block,
-            )
+        values, rows = set_topk(
+            queries,
+            segment.vectors,
+            looked_for,
+            kind="smooth_chamfer" if similarity == "cosine" else similarity,  # equal for sets of one vector
+            alpha=alpha,
+            query_mask=query_mask,
+            gallery_mask=segment.mask,
+            gallery_scale=segment.scale,
+            chunk=block,
+        )
         if len(segment.deleted) == 0:
             return values, rows
         gone = torch.from_numpy(np.isin(rows.numpy(), segment.deleted))
@@ -53,18 +48,6 @@ def best_of(
             order = gone.to(torch.int8).argsort(dim=1, stable=True)[:, :wanted]
             return values.gather(1, order), rows.gather(1, order)
         looked_for = min(n, 4 * looked_for)
-
-
-def _by_closest_pairs(
-    queries: Tensor, query_mask: Tensor | None, segment: Segment, k: int, similarity: Similarity, block: int
-) -> tuple[Tensor, Tensor]:
-    def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(segment.vectors), block):
-            items, mask = segment.decoded(slice(start, start + block))
-            s = set_similarity(queries, items, similarity, x_mask=query_mask, y_mask=mask)
-            yield s, torch.arange(start, start + len(items)).expand(len(queries), -1)
-
-    return merged(parts(), k, len(queries))
 
 
 def merged(parts: Iterator[tuple[Tensor, Tensor]], k: int, queries: int) -> tuple[Tensor, Tensor]:

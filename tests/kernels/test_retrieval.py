@@ -180,13 +180,13 @@ def test_errors_of_ranks() -> None:
 
 def test_a_tile_is_the_largest_that_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    real = retrieval._Search.similarity
+    real = retrieval.SetTiles.similarity
 
     def watched(self: Any, rows: slice, columns: slice) -> Tensor:
         s = real(self, rows, columns)
         sizes.append(s.shape)
         return s
 
-    monkeypatch.setattr(retrieval._Search, "similarity", watched)
+    monkeypatch.setattr(retrieval.SetTiles, "similarity", watched)
     set_topk(sets(20, 2, 8), sets(50, 2, 8), 3, chunk=16)
     assert max(n for n, _ in sizes) == 16 and max(m for _, m in sizes) == 16 and len(sizes) == 2 * 4

@@ -1,4 +1,7 @@
-"""Charts as inline SVG without scripts; colours are CSS classes of the page, so they follow its light and dark form."""
+"""Charts as inline SVG without scripts; colours are CSS classes of the page, so they follow its light and dark form.
+
+`page_of_charts` makes a file of its own of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from markupsafe import Markup, escape
 
 WIDTH = 520
+
+_STYLE = (
+    "text{font:11px system-ui,sans-serif;fill:#646b7d}.title{font-size:14px;font-weight:600;fill:#1d2230}"
+    ".key{font-size:12px;fill:#1d2230}.label{text-anchor:middle;font-size:12.5px;fill:#1d2230}"
+    ".value{text-anchor:middle;font-size:10.5px;fill:#1d2230}.grid{stroke:#e2e0da}"
+    "polyline{fill:none;stroke-width:2;stroke-linejoin:round}"
+)
 
 
 def grouped_bars(groups: Sequence[str], series: Mapping[str, tuple[str, Sequence[float]]], title: str) -> Markup:
@@ -72,6 +82,40 @@ def lines(series: Mapping[str, tuple[str, Sequence[tuple[float, float]]]], title
         parts.append(f'<text class="tick" text-anchor="{anchor}" x="{at:.1f}" y="{base + 18}">{x:.0f}</text>')
     parts.append(f'<text class="label" x="{(left + right) / 2:.1f}" y="{base + 38}">{escape(x_label)}</text>')
     return _svg(height, title, parts)
+
+
+def page_of_charts(
+    charts: Sequence[tuple[str, Markup]], colours: Mapping[str, str], key: Mapping[str, str], note: str = ""
+) -> str:
+    """An SVG file of charts one below the other, each under its title, with one key for all.
+
+    Args:
+        charts: titles and what `grouped_bars` or `lines` made.
+        colours: of each CSS class that they use.
+        key: for each name of a series its CSS class.
+        note: a line below the key.
+    """
+    parts, top = [], 14.0
+    for i, (name, css) in enumerate(key.items()):
+        x, y = 4 + i % 2 * WIDTH / 2, top + i // 2 * 18
+        parts.append(f'<rect class="{css}" x="{x:.1f}" y="{y:.1f}" width="10" height="10" rx="2"/>')
+        parts.append(f'<text class="key" x="{x + 16:.1f}" y="{y + 9:.1f}">{escape(name)}</text>')
+    top += -(-len(key) // 2) * 18 + 12
+    if note:
+        parts.append(f'<text x="4" y="{top:.1f}">{escape(note)}</text>')
+        top += 12
+    for title, chart in charts:
+        drawn = str(chart)  # Markup would escape what replaces
+        height = float(drawn.partition('viewBox="')[2].partition('"')[0].split()[3])
+        parts.append(f'<text class="title" x="4" y="{top + 14:.1f}">{escape(title)}</text>')
+        parts.append(drawn.replace("<svg ", f'<svg x="8" y="{top + 22:.1f}" width="{WIDTH}" height="{height:.0f}" ', 1))
+        top += height + 30
+    style = _STYLE + "".join(
+        f"rect.{css},circle.{css}{{fill:{value}}}polyline.{css}{{stroke:{value}}}" for css, value in colours.items()
+    )
+    size = f'viewBox="0 0 {WIDTH + 16} {top:.0f}" width="{WIDTH + 16}" height="{top:.0f}"'
+    paper = '<rect width="100%" height="100%" fill="#fff"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{paper}{"".join(parts)}</svg>\n'
 
 
 def _grid(values: Sequence[float], at_y: Callable[[float], float], form: str) -> str:
