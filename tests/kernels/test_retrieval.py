@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from setemb_kernels import retrieval, set_rank, set_topk, smooth_chamfer
+from setemb_kernels import retrieval, set_rank, set_similarity, set_topk, smooth_chamfer
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -140,6 +140,47 @@ def test_equals_and_nan_count_against_a_set(chunk: int) -> None:
     assert found.x.tolist() == [1, 2, 5, 0]
 
 
+MEASURES: dict[str, dict[str, Any]] = {
+    "chamfer": {},
+    "maxsim": {"reduction": "mean"},
+    "soft_maxsim": {"alpha": 5.0},
+    "max": {},
+    "mean": {},
+    "match_probability": {"alpha": 3.0, "match_bias": -0.5},
+}
+
+
+@pytest.mark.parametrize("stored", ["float32", "float64", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", MEASURES)
+def test_other_similarities(kind: Any, stored: str) -> None:
+    options = MEASURES[kind]
+    compute = F64 if stored == "float64" else F32
+    x, y = sets(6, 3, 16, 1, compute), sets(40, 4, 16, 2)
+    x_mask, y_mask = mask(6, 3, 3), mask(40, 4, 4)
+    scale = y.abs().amax(2) / 127 if stored == "int8" else None
+    if scale is None:
+        gallery = y.to(getattr(torch, stored))
+        decoded = gallery.to(compute)
+    else:
+        gallery = (y / scale[..., None]).round().to(torch.int8)
+        decoded = gallery * scale[..., None]
+    given = {"scale" if name == "alpha" and kind == "match_probability" else name: v for name, v in options.items()}
+    given = {name.removeprefix("match_"): v for name, v in given.items()}
+    s = set_similarity(x, decoded, kind, x_mask=x_mask, y_mask=y_mask, **given)
+    found = set_topk(
+        x, gallery, 9, kind=kind, query_mask=x_mask, gallery_mask=y_mask, gallery_scale=scale, chunk=7, **options
+    )
+    tolerance = 1e-14 if compute == F64 else 1e-6
+    values, _ = by_sorting(s, 9)
+    torch.testing.assert_close(found.values, values, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(s.gather(1, found.indices), found.values, rtol=tolerance, atol=tolerance)
+    if scale is None:
+        ids = {"x_group": torch.arange(6), "y_group": torch.arange(40) % 6}
+        ranks = set_rank(x, gallery, kind=kind, x_mask=x_mask, y_mask=y_mask, chunk=11, **ids, **options)
+        expected = ranks_by_hand(s, ids["x_group"][:, None] == ids["y_group"])
+        assert torch.equal(ranks.x, expected[0]) and torch.equal(ranks.y, expected[1])
+
+
 GOOD: dict[str, Any] = {"queries": sets(3, 2, 8), "gallery": sets(5, 2, 8), "k": 2}
 CODES = {"gallery": torch.zeros(5, 2, 8, dtype=torch.int8)}
 
@@ -158,6 +199,9 @@ CODES = {"gallery": torch.zeros(5, 2, 8, dtype=torch.int8)}
         ({"alpha": 0.0}, ValueError, "alpha: expected a finite number > 0, got 0"),
         ({"query_mask": torch.ones(3, 3).bool()}, ValueError, r"query_mask: expected shape \[3, 2\] as of queries"),
         ({"gallery_mask": torch.ones(5, 2)}, TypeError, "gallery_mask: expected bool"),
+        ({"kind": "colbert"}, ValueError, "kind: expected one of smooth_chamfer, .*, got 'colbert'"),
+        ({"reduction": "mean"}, ValueError, "reduction: expected 'sum' for smooth_chamfer"),
+        ({"kind": "match_probability", "match_bias": torch.inf}, ValueError, "match_bias: expected a finite number"),
         ({"chunk": 0}, ValueError, "chunk: expected at least 1, got 0"),
         ({"chunk": 1.5}, TypeError, "chunk: expected an int or None, got float"),
     ],
