@@ -51,15 +51,16 @@ def test_gradcheck_of_scalars(name: str) -> None:
     assert torch.autograd.gradcheck(lambda v: loss(x, y, **{name: v}, **GROUPS), (value,))
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("kind", ["smooth_chamfer", "max", "mean", "match_probability"])
+def test_opcheck(kind: str) -> None:
     x, y, alpha = sets(6, 2, 5), sets(7, 3, 5, seed=1), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    common = (x, y, alpha, None, torch.rand(7, 3) < 0.8, *GROUPS.values())
     number = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    common = (x, y, alpha, number, None, torch.rand(7, 3) < 0.8, *GROUPS.values())
     ops = torch.ops.setemb
-    torch.library.opcheck(ops.set_infonce_loss.default, (*common, number, True))
-    torch.library.opcheck(ops.set_sigmoid_loss.default, (*common, number, -number.detach()))
+    torch.library.opcheck(ops.set_infonce_loss.default, (*common, number, kind, False, True))
+    torch.library.opcheck(ops.set_sigmoid_loss.default, (*common, number, -number.detach(), kind, False))
     for negatives in ("hardest", "semi-hard", "all"):
-        torch.library.opcheck(ops.set_triplet_loss.default, (*common, 0.2, negatives))
+        torch.library.opcheck(ops.set_triplet_loss.default, (*common, kind, False, 0.2, negatives))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
