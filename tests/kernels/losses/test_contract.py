@@ -120,7 +120,8 @@ def test_of_equal_negatives_the_first_wins(tile: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tiles, "TILE", tile)
     x = torch.ones(3, 1, 4)
     _, rows, columns = torch.ops.setemb.set_triplet_loss(
-        x, x, torch.tensor(16.0), None, None, None, None, 0.2, "hardest"
+        *(x, x, torch.tensor(16.0), torch.tensor(0.0), None, None, None, None),
+        *("smooth_chamfer", False, 0.2, "hardest"),
     )
     assert rows.tolist() == columns.tolist() == [1, 0, 0]
 
