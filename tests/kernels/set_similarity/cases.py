@@ -154,7 +154,7 @@ CASES = [
     Case("D 1031", 6, 20, 3, 2, 1031),
     Case("D 1024", 3, 8, 4, 9, 1024),
     Case("ragged", 13, 31, (1, 9), (1, 40), 40),
-    Case("ragged documents", 7, 37, 32, (8, 90), 64, mean=True),
+    Case("ragged documents", 4, 11, 32, (8, 90), 64, mean=True),
     Case("ragged, Gaussian", 13, 31, (1, 9), (1, 40), 40, unit=False),
     Case("sets larger than a tile", 2, 3, 300, 130, 20),
     Case("sets of 1100", 1, 2, (3, 1100), 1100, 16),
