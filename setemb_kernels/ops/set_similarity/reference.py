@@ -258,8 +258,8 @@ def _weights(t: _Tile, a: _Sharpness, kind: str, mean: bool) -> tuple[Tensor, Te
     valid = t.x_valid & t.y_valid
     nothing = torch.zeros_like(t.c[..., 0, 0])
     if kind == "match_probability":
-        e = torch.sigmoid(a.alpha * t.c + a.bias)
-        slope = torch.where(valid, e * (1 - e), 0) * t.x_weight * t.y_weight
+        z = a.alpha * t.c + a.bias
+        slope = torch.where(valid, torch.sigmoid(z) * torch.sigmoid(-z), 0) * t.x_weight * t.y_weight
         by_scale = torch.where(slope != 0, slope * t.c, 0)  # 0 * inf
         return slope * a.alpha, by_scale.sum((2, 3)), slope.sum((2, 3))
     if kind == "max":

@@ -302,6 +302,6 @@ def _compare(where: str, i: Inputs, results: Results, forward: Inputs, backward:
             ours[n],
             dtype if n == 0 else i.x.dtype,
             saturates=n == 0,
-            # a sum over all pairs that may cancel, of which the judge itself rounds each term in float64
-            extra=2 * torch.finfo(torch.float64).eps * terms[n].abs().item() if n > 2 else 0.0,
+            # a sum over all pairs, in what it is accumulated in, that may cancel: its terms of one sign are rounded
+            extra=2 * torch.finfo(reference.accumulate_dtype(i.x.dtype)).eps * terms[n].abs().item() if n > 2 else 0.0,
         )
