@@ -213,7 +213,7 @@ def test_compile_full_graph_and_dynamic(kind: Any, form: str) -> None:
     for n, m, k in ((5, 7, 3), (8, 4, 2), (13, 9, 6)):
         results = []
         for function in (loss, compiled):
-            x, y = sets(n, k, 16, dtype=torch.float32), sets(m, k + 1, 16, dtype=torch.float32, seed=1)
+            x, y = sets(n, k, 24, dtype=torch.float32), sets(m, k + 1, 24, dtype=torch.float32, seed=1)
             number = torch.tensor(2.0, requires_grad=True)
             given, a, b = {}, x, y
             if form == "masked":
