@@ -19,16 +19,13 @@ import csv
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-
-import setemb_kernels
-import setemb_kernels.distributed
 
 try:
     import lightning.pytorch as pl
@@ -52,7 +49,6 @@ from setemb.config import (
     Config,
     DataConfig,
     ImageConfig,
-    LossConfig,
     OptimizerConfig,
     TrainerConfig,
     from_dict,
@@ -67,12 +63,11 @@ from setemb.data.precomp import PrecompDataset
 from setemb.data.vectors import read_vectors
 from setemb.data.vocab import Vocabulary
 from setemb.evaluation import RecallReport, evaluate_retrieval
-from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import GRUTextEncoder, TransformerTextEncoder
+from setemb.objective import training_loss
 from setemb.processes import first, gathered_by_first, launched, place
 from setemb.similarity import Similarity
-from setemb_kernels.distributed.ring import Ring
 
 # Its remarks on devices and services are of no use here; its warnings stay.
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -103,14 +98,7 @@ class RetrievalModule(pl.LightningModule):
         images = encode_in_parts(model.encode_image, batch, ("images", "image_mask"), size, model)
         texts = encode_in_parts(model.encode_text, batch, ("texts", "text_mask"), size, model)
         epochs = self.global_step / self.steps_per_epoch
-        parts = {"main": retrieval_loss(model, images.embeddings, texts.embeddings, batch, self.config.loss, epochs)}
-        loss = parts["main"]
-        if self.config.loss.diversity > 0:
-            parts["diversity"] = mean_over_processes(diversity_loss, images.slots, texts.slots)
-            loss = loss + self.config.loss.diversity * parts["diversity"]
-        if self.config.loss.mmd > 0:
-            parts["mmd"] = mmd_loss(images.embeddings, texts.embeddings, distributed=True)
-            loss = loss + self.config.loss.mmd * parts["mmd"]
+        loss, parts = training_loss(model, images, texts, batch, self.config.loss, epochs)
         self.batch, self.losses = batch, {name: v.detach() for name, v in {"loss": loss, **parts}.items()}
         self.sample = images.embeddings[:32].detach().clone(), texts.embeddings[:160].detach().clone()
         self.log("loss", self.losses["loss"], prog_bar=True)
@@ -180,65 +168,9 @@ def parameter_groups(model: SetEmbedder, config: OptimizerConfig) -> list[dict[s
     return groups
 
 
-def retrieval_loss(
-    model: SetEmbedder, images: Tensor, texts: Tensor, batch: Batch, config: LossConfig, epochs_done: float
-) -> Tensor:
-    """The main loss of a step over sets ``[B, K, D]`` and ``[C, K, D]``.
-
-    Smooth-Chamfer similarities are never stored (`setemb_kernels.losses`), where groups say what belongs together.
-    Those of other kinds are, and so are they where the batch lists its positive pairs: bool ``[B, C]``, "positive";
-    not on several processes, then.
-    """
-    # mean of violations for the warm-up, then linearly to the hardest negative in as many epochs again
-    ramp = 1.0 if config.warmup_epochs <= 0 else min(max(epochs_done / config.warmup_epochs - 1, 0.0), 1.0)
-    hardest = config.hardest_fraction * ramp
-    several = place()[1] > 1
-    if model.config.similarity != "smooth_chamfer" or "positive" in batch:
-        if several:
-            raise ValueError(
-                "training on several processes takes model.similarity=smooth_chamfer and data whose groups say what "
-                f"belongs together, got {model.config.similarity}" + (' and "positive"' if "positive" in batch else "")
-            )
-        positive = batch.get("positive")
-        if positive is None:
-            positive = batch["image_group"][:, None] == batch["caption_group"]
-        sim = model.similarity(images, texts)
-        if config.kind == "info_nce":
-            return info_nce_loss(sim, positive, config.temperature)
-        return hardest_triplet_loss(sim, positive, config.margin, hardest)
-    options: dict[str, Any] = {"x_group": batch["image_group"], "y_group": batch["caption_group"]}
-    options["alpha"] = model.config.alpha
-    with torch.autocast(images.device.type, enabled=False):  # a margin needs more digits than bfloat16 has
-        losses: Any = setemb_kernels.distributed if several else setemb_kernels
-        if config.kind == "info_nce":
-            return cast(Tensor, losses.set_infonce_loss(images, texts, temperature=config.temperature, **options))
-        loss = images.new_zeros(())
-        for share, negatives in ((hardest, "hardest"), (1 - hardest, "all")):
-            if share > 0:
-                part = losses.set_triplet_loss(images, texts, margin=config.margin, negatives=negatives, **options)
-                loss = loss + share * part
-        return loss
-
-
 def step_seed(seed: int, rank: int, step: int) -> int:
     """What the generators are seeded with before a step: 32 bits, as a CPU's has no more."""
     return (step + 2654435761 * (seed + 4099 * rank)) % 2**32
-
-
-def mean_over_processes(loss: Callable[[Tensor], Tensor], *shares: Tensor) -> Tensor:
-    """The sum of ``loss``, a mean over items, of each of several batches that are spread over processes.
-
-    All get its value; the gradients are those for their own shares.
-    """
-    total = shares[0].new_zeros(())
-    for own in shares:
-        ring = Ring("mean_over_processes", None, TIMEOUT, own.device)
-        part = loss(own)
-        counted = torch.stack((part.detach() * len(own), part.new_tensor(float(len(own)))))
-        whole, count = ring.total(counted)
-        part = part * (len(own) / count.clamp(min=1))
-        total = total + part + (whole / count.clamp(min=1) - part.detach())
-    return total
 
 
 def cosine_with_warmup(step: int, total: int, warmup: int) -> float:
