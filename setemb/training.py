@@ -31,7 +31,7 @@ try:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-    from lightning.pytorch.plugins import MixedPrecision
+    from lightning.pytorch.plugins import MixedPrecision, Precision
 except ImportError as error:
     raise ImportError('training needs lightning 2.6 or newer: pip install "setemb[train]"') from error
 
@@ -45,6 +45,7 @@ from setemb.callbacks import (
     WarnOfCollapse,
 )
 from setemb.checkpoint import load_checkpoint, remove_leftovers, write_file
+from setemb.compilation import compiled
 from setemb.config import (
     Config,
     DataConfig,
@@ -80,6 +81,10 @@ class RetrievalModule(pl.LightningModule):
     def __init__(self, config: Config, model: SetEmbedder, steps_per_epoch: int) -> None:
         super().__init__()
         self.config, self.model, self.steps_per_epoch = config, model, steps_per_epoch
+        # Of training alone: evaluation calls the model itself.
+        self._encode_image, self._encode_text = model.encode_image, model.encode_text
+        if config.trainer.compile:
+            self._encode_image, self._encode_text = compiled(model.encode_image), compiled(model.encode_text)
         self._dev: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.batch: Batch | None = None
         """Of the step under way."""
@@ -91,12 +96,14 @@ class RetrievalModule(pl.LightningModule):
         """Sets of some images and captions of the step under way."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(step_seed(self.config.trainer.seed, place()[0], self.global_step))
+        parts = self.config.trainer.accumulate_batches
+        batch_number = self.global_step * parts + batch_idx % parts
+        torch.manual_seed(step_seed(self.config.trainer.seed, place()[0], batch_number))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         model, size = self.model, self.config.trainer.accumulate_embeddings
-        images = encode_in_parts(model.encode_image, batch, ("images", "image_mask"), size, model)
-        texts = encode_in_parts(model.encode_text, batch, ("texts", "text_mask"), size, model)
+        images = encode_in_parts(self._encode_image, batch, ("images", "image_mask"), size, model)
+        texts = encode_in_parts(self._encode_text, batch, ("texts", "text_mask"), size, model)
         epochs = self.global_step / self.steps_per_epoch
         loss, parts = training_loss(model, images, texts, batch, self.config.loss, epochs)
         self.batch, self.losses = batch, {name: v.detach() for name, v in {"loss": loss, **parts}.items()}
@@ -130,7 +137,7 @@ class RetrievalModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config.optimizer
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, config), weight_decay=config.weight_decay)
+        optimizer = adamw(self.model, config, fused=self.config.trainer.precision != "16-mixed")
         # Not trainer.estimated_stepping_batches, which starts the data loader before the step to resume at is known.
         total = self.config.trainer.epochs * self.steps_per_epoch
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -144,6 +151,16 @@ class RetrievalModule(pl.LightningModule):
             "config": asdict(self.config),
             "vocabulary": None if vocabulary is None else vocabulary.to_text(),
         }
+
+
+def adamw(model: SetEmbedder, config: OptimizerConfig, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, all of its arithmetic in one pass over the parameters where ``fused``.
+
+    Not with float16: there a fused one unscales gradients by itself, too late to clip them.
+    """
+    groups = parameter_groups(model, config)
+    known = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused and known)
 
 
 def parameter_groups(model: SetEmbedder, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -231,9 +248,14 @@ def fit(
     if config.trainer.accumulate_embeddings < 0:
         given = config.trainer.accumulate_embeddings
         raise ValueError(f"trainer.accumulate_embeddings must be at least 0, got {given}")
-    for name, value in (("epochs", config.trainer.epochs), ("validate_every", config.trainer.validate_every)):
-        if value < 1:
-            raise ValueError(f"trainer.{name} must be at least 1, got {value}")
+    for name in ("epochs", "validate_every", "accumulate_batches"):
+        if getattr(config.trainer, name) < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, got {getattr(config.trainer, name)}")
+    if data.batches_per_step != config.trainer.accumulate_batches:
+        raise ValueError(
+            f"the data must be made with as many batches a step as trainer.accumulate_batches says, "
+            f"{config.trainer.accumulate_batches}, got {data.batches_per_step}"
+        )
     folder = Path(folder)
     last = folder / "last.safetensors"
     if resume and not last.is_file():
@@ -270,6 +292,7 @@ def fit(
         strategy="auto" if processes == 1 else "ddp",
         sync_batchnorm=synchronised,
         max_epochs=settings.epochs,
+        accumulate_grad_batches=settings.accumulate_batches,
         gradient_clip_val=settings.gradient_clip or None,
         check_val_every_n_epoch=settings.validate_every,
         log_every_n_steps=min(settings.log_every, data.steps_per_epoch),
@@ -308,7 +331,18 @@ def precision_plugins(settings: TrainerConfig) -> list[Any]:
     if settings.precision == "32":
         return []
     device = "cuda" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    return [MixedPrecision(cast(Any, settings.precision), device)]
+    return [_MixedPrecision(cast(Any, settings.precision), device)]
+
+
+class _MixedPrecision(MixedPrecision):
+    """Lightning's, which refuses to clip gradients of a fused optimizer, also without a scaler, where nothing is in the
+    way."""
+
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        if self.scaler is None:
+            Precision.clip_gradients(self, *args, **kwargs)
+        else:
+            super().clip_gradients(*args, **kwargs)
 
 
 def load_model(path: str | Path) -> SetEmbedder:
@@ -369,7 +403,10 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
         start_at_vectors(model, vocabulary)
     for data in (train, dev):
         data.captions = captions_for(model, data.texts, settings)
-    module = RetrievalDataModule(train, dev, settings.batch_size, config.trainer.seed, settings.workers)
+    trainer = config.trainer
+    module = RetrievalDataModule(
+        train, dev, settings.batch_size, trainer.seed, settings.workers, trainer.accumulate_batches
+    )
     return fit(config, model, module, folder, resume)
 
 

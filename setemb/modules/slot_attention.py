@@ -187,7 +187,7 @@ def attend_merged(
 
     def gathered(q: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None) -> Tensor:
         q = q.expand(len(keys), -1, -1, -1)
-        update: Tensor = slot_attention(q, keys, values, mask=mask, scale=scale, eps=eps)  # type: ignore[assignment]
+        update: Tensor = slot_attention(q, keys, values, mask=mask, scale=scale, eps=eps)
         return update.transpose(1, 2).flatten(2)
 
     return linear_after_attention(gathered, (q, tokens.keys, tokens.values, tokens.mask), tokens.merged.updates, bias)
