@@ -201,7 +201,7 @@ class TrainerConfig:
     """Batches whose gradients are added before the weights change, each compared with itself alone: it has
     data.batch_size - 1 negatives however many there are. For the loss of one large batch see accumulate_embeddings."""
     compile: bool = False
-    """torch.compile of the encoders in training: it takes minutes before the first step. Numbers are equal to rounding."""
+    """torch.compile of the encoders in training: minutes before the first step, then numbers equal to rounding."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights; 0: none."""
     checkpoint_every: int = 100
