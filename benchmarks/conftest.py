@@ -49,6 +49,9 @@ def _line(row: Row) -> str:
     mark = "ok" if row.met else "MISSED"
     if row.batches:
         return f"{row.op + ' ' + row.name:<76} {', '.join(f'{k} {v:,}' for k, v in row.batches.items())} {mark}"
+    if row.sections:
+        parts = (f"{part} {sum(times.values()):.0f} ms" for part, times in row.sections.items())
+        return f"{row.op + ' ' + row.name:<76} {', '.join(parts)}"
     if row.memory_mib is not None:
         limit = "-" if row.limit_mib is None else f"{row.limit_mib:.0f}"
         return f"{row.op + ' ' + row.name:<76} {'':>9} {row.memory_mib:>5.1f} MiB {'':>6} {limit:>6} {mark:<7}"

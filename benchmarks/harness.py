@@ -37,6 +37,8 @@ class Row:
     limit_mib: float | None = None
     batches: dict[str, int] = field(default_factory=dict)
     """The largest batch that fits: ours and others'; ours has to be 16 times eager's."""
+    sections: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Milliseconds of each part, by column: where the time goes."""
 
     @property
     def met(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,14 @@ def peak_beyond_inputs_and_results(function: Callable[[], Sequence[Tensor]], dev
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     results = function()
     return (_status("VmHWM") - before - _size(results)) / MIB
+
+
+def in_a_process_of_its_own(script: str, *arguments: str) -> float:
+    """The number that a program prints."""
+    command = [sys.executable, "-c", script, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout)
 
 
 def _size(tensors: Sequence[Tensor]) -> int:

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from setemb.config import LossConfig
+from setemb.losses import diversity_loss, hardest_triplet_loss
+from setemb.model import Batch, SetEmbedder
 from setemb.modules import SetOutput, SetPrediction
 
 
-def eager_slot_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def eager_slot_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     attention = (q.shape[-1] ** -0.5 * (q @ k.transpose(-1, -2))).softmax(-2)
+    if mask is not None:
+        attention = attention * mask[:, None, None, :]
     return (attention / (attention.sum(-1, keepdim=True) + 1e-7)) @ v
 
 
@@ -23,29 +28,69 @@ class ProjectedEachIteration(nn.Module):
     def __init__(self, like: SetPrediction) -> None:
         super().__init__()
         self.parts = copy.deepcopy(like)
-        for module in self.parts.modules():
-            if isinstance(module, nn.Linear):
-                module.__class__ = nn.Linear
+        use_torch_linear(self.parts)
 
-    def forward(self, local: Tensor, global_: Tensor) -> SetOutput:
+    def forward(self, local: Tensor, global_: Tensor, mask: Tensor | None = None) -> SetOutput:
         p = self.parts
         attention = p.attention
         x = p.slots.expand(len(local), -1, -1)
         for _ in range(p.iterations):
             slots, context = p.norm_slots(x), p.norm_local(local)
+            key_context = context if p.position is None else context + p._positions(context, mask)
             q, k, v = (
                 project(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
                 for project, tokens in (
                     (attention.to_q, slots),
-                    (attention.to_k, context),
+                    (attention.to_k, key_context),
                     (attention.to_v, context),
                 )
             )
-            x = x + attention.to_out(eager_slot_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + attention.to_out(eager_slot_attention(q, k, v, mask).transpose(1, 2).flatten(2))
             x = x + p.feedforward(p.norm_feedforward(x))
         slots = p.norm_last(x)
         out = p.norm_global(p.project_global(global_))[:, None] + slots
         return SetOutput(functional.normalize(out, dim=-1), slots, None)
+
+
+def use_torch_linear(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = nn.Linear
+
+
+class PlainEmbedder(nn.Module):
+    """A `SetEmbedder` of regions and a GRU, and its training loss, from torch's own operations: every similarity, every
+    attention weight and every distance of the regularisers is stored."""
+
+    def __init__(self, like: SetEmbedder) -> None:
+        super().__init__()
+        self.image_encoder, self.text_encoder = copy.deepcopy(like.image_encoder), copy.deepcopy(like.text_encoder)
+        use_torch_linear(self)
+        assert isinstance(like.image_sets, SetPrediction) and isinstance(like.text_sets, SetPrediction)
+        self.image_sets = ProjectedEachIteration(like.image_sets)
+        self.text_sets = ProjectedEachIteration(like.text_sets)
+        self.alpha = like.config.alpha
+
+    def loss(self, batch: Batch, config: LossConfig) -> Tensor:
+        """After the warm-up, hardest negatives alone."""
+        local, global_, mask = self.image_encoder(batch["images"], batch.get("image_mask"))
+        images = self.image_sets(local, global_, mask)
+        encoder, mask = self.text_encoder, batch["text_mask"]
+        words = encoder.dropout(encoder.embed(batch["texts"]))
+        packed = nn.utils.rnn.pack_padded_sequence(words, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        texts = self.text_sets(words, encoder.rnn(packed)[1].mean(0), mask)
+        sim = eager_similarity(images.embeddings.float(), texts.embeddings.float(), self.alpha)
+        positive = batch["image_group"][:, None] == batch["caption_group"]
+        diversity = diversity_loss(images.slots) + diversity_loss(texts.slots)
+        mmd = eager_mmd(images.embeddings.float().flatten(0, 1), texts.embeddings.float().flatten(0, 1))
+        return hardest_triplet_loss(sim, positive, config.margin) + config.diversity * diversity + config.mmd * mmd
+
+
+def eager_mmd(x: Tensor, y: Tensor) -> Tensor:
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-0.5 * torch.cdist(a, b)).mean()
+
+    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
 def eager_similarity(x: Tensor, y: Tensor, alpha: float = 16.0) -> Tensor:

@@ -79,11 +79,14 @@ def _table(contents: list[dict[str, Any]]) -> str:
         "| | beside, ms | ours, ms | ours / beside | eager / ours | compiled / ours | oneDNN product / ours |",
         "|---|---|---|---|---|---|---|",
     ]
-    memory = []
+    memory, sections = [], []
     for row in rows.values():
         if "batches" in row:
             figures = ", ".join(f"{name} {size:,}" for name, size in row["batches"].items())
             memory.append(f"| {row['op']} {row['name']} | {figures} |")
+            continue
+        if "sections" in row:
+            sections += _sections(row)
             continue
         if "memory_mib" in row:
             memory.append(f"| {row['op']} {row['name']} | {row['memory_mib']:.0f} MiB |")
@@ -98,7 +101,22 @@ def _table(contents: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells + peers)} |")
     if memory:
         lines += ["", "| peak memory beyond inputs, result and gradients; largest batch | |", "|---|---|", *memory]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + sections) + "\n"
+
+
+def _sections(row: dict[str, Any]) -> list[str]:
+    """A table of where the time goes."""
+    columns = list(dict.fromkeys(column for times in row["sections"].values() for column in times))
+    whole = sum(sum(times.values()) for times in row["sections"].values())
+    lines = [
+        "",
+        f"| {row['op']} {row['name']} | {', ms | '.join(columns)}, ms | share |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for part, times in row["sections"].items():
+        cells = [f"{times[column]:.0f}" if column in times else "" for column in columns]
+        lines.append(f"| {' | '.join([part, *cells, f'{100 * sum(times.values()) / whole:.0f} %'])} |")
+    return lines
 
 
 if __name__ == "__main__":

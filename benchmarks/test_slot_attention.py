@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from benchmarks.harness import ROWS, Function, Row, measure
+from benchmarks.memory import in_a_process_of_its_own
 from benchmarks.peers import ProjectedEachIteration, eager_slot_attention
 from setemb.modules import SetPrediction, SlotAttention
 from setemb_kernels import slot_attention
@@ -168,22 +166,15 @@ print(peak_beyond_inputs_and_results(lambda: step(tokens)))
 """
 
 
-def _memory(script: str, *arguments: str) -> float:
-    command = [sys.executable, "-c", script, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
-    assert run.returncode == 0, run.stderr
-    return float(run.stdout)
-
-
 def test_op_peak_memory() -> None:
     row = Row(OP, "peak memory, forward + backward B8 K8 T4096 D128 float32 cpu", None, "")
-    row.memory_mib, row.limit_mib = _memory(OP_MEMORY), 32.0
+    row.memory_mib, row.limit_mib = in_a_process_of_its_own(OP_MEMORY), 32.0
     ROWS.append(row)
 
 
 def test_paper_module_peak_memory() -> None:
     published = Row(OP, "peak memory, paper's module as published, forward + backward", None, "")
-    published.memory_mib = _memory(MODULE_MEMORY, "1")
+    published.memory_mib = in_a_process_of_its_own(MODULE_MEMORY, "1")
     ours = Row(OP, "peak memory, paper's module, forward + backward", None, "")
-    ours.memory_mib, ours.limit_mib = _memory(MODULE_MEMORY, "0"), published.memory_mib / 2
+    ours.memory_mib, ours.limit_mib = in_a_process_of_its_own(MODULE_MEMORY, "0"), published.memory_mib / 2
     ROWS.extend((published, ours))

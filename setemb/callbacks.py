@@ -56,7 +56,9 @@ class LastCheckpoint(Callback):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not changed_weights(trainer, batch_idx):
+            return
         if self.every > 0 and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
 
@@ -106,7 +108,9 @@ class StopAtNonFinite(Callback):
         epoch, number = divmod(pl_module.global_step, pl_module.steps_per_epoch)
         parts = ", ".join(f"{name} {value:.4g}" for name, value in pl_module.seen.items() if name != "loss")
         batch, rows = pl_module.batch, pl_module.batch["image_group"].tolist()
-        said = f"its images are rows {_some(rows)} of the training split"
+        batches = trainer.accumulate_grad_batches
+        whose = "its images" if batches == 1 else f"the images of the last of its {batches} batches"
+        said = f"{whose} are rows {_some(rows)} of the training split"
         if batch["images"].is_floating_point():
             bad = ~batch["images"].flatten(1).isfinite().all(1)
             if bad.any():
@@ -137,7 +141,9 @@ class WarnOfCollapse(Callback):
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
         self.said = False
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not changed_weights(trainer, batch_idx):
+            return
         self.losses.append(pl_module.seen["main"])
         if self.said or not self.stuck():
             return
@@ -160,6 +166,11 @@ class WarnOfCollapse(Callback):
             return False
         first, second = sum(losses[:half]) / half, sum(losses[half:]) / (len(losses) - half)
         return abs((first + second) / 2 - level) <= self.NEAR * level and first - second <= self.FALL * level
+
+
+def changed_weights(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a batch was the last of its step; an epoch holds whole steps."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def _finite(value: float) -> bool:

@@ -197,6 +197,11 @@ class TrainerConfig:
     accumulate_embeddings: int = 0
     """Images, and captions, encoded at a time where activations of a whole batch do not fit; 0: all. The gradient is
     the whole batch's."""
+    accumulate_batches: int = 1
+    """Batches whose gradients are added before the weights change, each compared with itself alone: it has
+    data.batch_size - 1 negatives however many there are. For the loss of one large batch see accumulate_embeddings."""
+    compile: bool = False
+    """torch.compile of the encoders in training: minutes before the first step, then numbers equal to rounding."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights; 0: none."""
     checkpoint_every: int = 100

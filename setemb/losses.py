@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from setemb.modules.linear import product
 from setemb_kernels.distributed.ring import Ring
 
 
@@ -151,17 +152,23 @@ class _Discrepancy(torch.autograd.Function):
             others, v = block.view(-1, features), weights(owner)
             for i in _pieces(len(z)):
                 for j in _pieces(len(others)):
+                    mine = owner == ring.rank
+                    if mine and j.start < i.start:  # symmetric: made with the tile (j, i)
+                        continue
                     a, b = z[i], others[j]
-                    square = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+                    square = product(-2 * a, b, b.square().sum(1)).add_(a.square().sum(1)[:, None])
                     # The gradient of a vector's distance to itself is 0, not that of sqrt at 0.
-                    apart = square > 1e-12
-                    if owner == ring.rank and i == j:
-                        apart.fill_diagonal_(False)
-                    distance = torch.where(apart, square, 1).sqrt_()
-                    kernel = torch.exp(-gamma * distance * apart)
-                    value += w[i].double() @ (kernel @ v[j]).double()
-                    slope = kernel.div_(distance).mul_(apart).mul_(v[j])
-                    gradient[i] += slope.sum(1)[:, None] * a - slope @ b
+                    near = square <= 1e-12
+                    if mine and i == j:
+                        near.fill_diagonal_(True)
+                    distance = square.masked_fill_(near, 0).sqrt_()
+                    kernel = torch.exp(-gamma * distance)
+                    twice = mine and i != j
+                    value += (1 + twice) * (w[i].double() @ (kernel @ v[j]).double())
+                    slope = kernel.div_(distance.masked_fill_(near, math.inf))
+                    gradient[i] += (slope @ v[j])[:, None] * a - product(slope, (v[j, None] * b).mT)
+                    if twice:
+                        gradient[j] += (w[i] @ slope)[:, None] * b - product(slope.mT, (w[i, None] * a).mT)
         ctx.save_for_backward(gradient.mul_((-2 * gamma * w)[:, None]))
         return ring.total(value).to(z.dtype)
 

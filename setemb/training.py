@@ -19,7 +19,7 @@ import csv
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +28,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-import setemb_kernels
-import setemb_kernels.distributed
-
 try:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-    from lightning.pytorch.plugins import MixedPrecision
+    from lightning.pytorch.plugins import MixedPrecision, Precision
 except ImportError as error:
     raise ImportError('training needs lightning 2.6 or newer: pip install "setemb[train]"') from error
 
@@ -49,11 +46,11 @@ from setemb.callbacks import (
     WarnOfCollapse,
 )
 from setemb.checkpoint import load_checkpoint, remove_leftovers, write_file
+from setemb.compilation import compiled
 from setemb.config import (
     Config,
     DataConfig,
     ImageConfig,
-    LossConfig,
     OptimizerConfig,
     TrainerConfig,
     from_dict,
@@ -69,12 +66,11 @@ from setemb.data.vectors import read_vectors
 from setemb.data.vocab import Vocabulary
 from setemb.ensemble import Encoded, Similarities
 from setemb.evaluation import RecallReport, evaluate_similarities
-from setemb.losses import TIMEOUT, diversity_loss, hardest_triplet_loss, info_nce_loss, mmd_loss
 from setemb.model import Batch, SetEmbedder
 from setemb.modules import GRUTextEncoder, TransformerTextEncoder
+from setemb.objective import training_loss
 from setemb.processes import first, gathered_by_first, launched, place
 from setemb.similarity import set_similarity
-from setemb_kernels.distributed.ring import Ring
 
 # Its remarks on devices and services are of no use here; its warnings stay.
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -87,6 +83,10 @@ class RetrievalModule(pl.LightningModule):
     def __init__(self, config: Config, model: SetEmbedder, steps_per_epoch: int) -> None:
         super().__init__()
         self.config, self.model, self.steps_per_epoch = config, model, steps_per_epoch
+        # Of training alone: evaluation calls the model itself.
+        self._encode_image, self._encode_text = model.encode_image, model.encode_text
+        if config.trainer.compile:
+            self._encode_image, self._encode_text = compiled(model.encode_image), compiled(model.encode_text)
         self._dev: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.batch: Batch | None = None
         """Of the step under way."""
@@ -98,21 +98,16 @@ class RetrievalModule(pl.LightningModule):
         """Sets of some images and captions of the step under way."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(step_seed(self.config.trainer.seed, place()[0], self.global_step))
+        parts = self.config.trainer.accumulate_batches
+        batch_number = self.global_step * parts + batch_idx % parts
+        torch.manual_seed(step_seed(self.config.trainer.seed, place()[0], batch_number))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         model, size = self.model, self.config.trainer.accumulate_embeddings
-        images = encode_in_parts(model.encode_image, batch, ("images", "image_mask"), size, model)
-        texts = encode_in_parts(model.encode_text, batch, ("texts", "text_mask"), size, model)
+        images = encode_in_parts(self._encode_image, batch, ("images", "image_mask"), size, model)
+        texts = encode_in_parts(self._encode_text, batch, ("texts", "text_mask"), size, model)
         epochs = self.global_step / self.steps_per_epoch
-        parts = {"main": retrieval_loss(model, images.embeddings, texts.embeddings, batch, self.config.loss, epochs)}
-        loss = parts["main"]
-        if self.config.loss.diversity > 0:
-            parts["diversity"] = mean_over_processes(diversity_loss, images.slots, texts.slots)
-            loss = loss + self.config.loss.diversity * parts["diversity"]
-        if self.config.loss.mmd > 0:
-            parts["mmd"] = mmd_loss(images.embeddings, texts.embeddings, distributed=True)
-            loss = loss + self.config.loss.mmd * parts["mmd"]
+        loss, parts = training_loss(model, images, texts, batch, self.config.loss, epochs)
         self.batch, self.losses = batch, {name: v.detach() for name, v in {"loss": loss, **parts}.items()}
         self.sample = images.embeddings[:32].detach().clone(), texts.embeddings[:160].detach().clone()
         self.log("loss", self.losses["loss"], prog_bar=True)
@@ -144,7 +139,7 @@ class RetrievalModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config.optimizer
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, config), weight_decay=config.weight_decay)
+        optimizer = adamw(self.model, config, fused=self.config.trainer.precision != "16-mixed")
         # Not trainer.estimated_stepping_batches, which starts the data loader before the step to resume at is known.
         total = self.config.trainer.epochs * self.steps_per_epoch
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -158,6 +153,16 @@ class RetrievalModule(pl.LightningModule):
             "config": asdict(self.config),
             "vocabulary": None if vocabulary is None else vocabulary.to_text(),
         }
+
+
+def adamw(model: SetEmbedder, config: OptimizerConfig, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, all of its arithmetic in one pass over the parameters where ``fused``.
+
+    Not with float16: there a fused one unscales gradients by itself, too late to clip them.
+    """
+    groups = parameter_groups(model, config)
+    known = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused and known)
 
 
 def parameter_groups(model: SetEmbedder, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -182,65 +187,9 @@ def parameter_groups(model: SetEmbedder, config: OptimizerConfig) -> list[dict[s
     return groups
 
 
-def retrieval_loss(
-    model: SetEmbedder, images: Tensor, texts: Tensor, batch: Batch, config: LossConfig, epochs_done: float
-) -> Tensor:
-    """The main loss of a step over sets ``[B, K, D]`` and ``[C, K, D]``.
-
-    Smooth-Chamfer similarities are never stored (`setemb_kernels.losses`), where groups say what belongs together.
-    Those of other kinds are, and so are they where the batch lists its positive pairs: bool ``[B, C]``, "positive";
-    not on several processes, then.
-    """
-    # mean of violations for the warm-up, then linearly to the hardest negative in as many epochs again
-    ramp = 1.0 if config.warmup_epochs <= 0 else min(max(epochs_done / config.warmup_epochs - 1, 0.0), 1.0)
-    hardest = config.hardest_fraction * ramp
-    several = place()[1] > 1
-    if model.config.similarity != "smooth_chamfer" or "positive" in batch:
-        if several:
-            raise ValueError(
-                "training on several processes takes model.similarity=smooth_chamfer and data whose groups say what "
-                f"belongs together, got {model.config.similarity}" + (' and "positive"' if "positive" in batch else "")
-            )
-        positive = batch.get("positive")
-        if positive is None:
-            positive = batch["image_group"][:, None] == batch["caption_group"]
-        sim = model.similarity(images, texts)
-        if config.kind == "info_nce":
-            return info_nce_loss(sim, positive, config.temperature)
-        return hardest_triplet_loss(sim, positive, config.margin, hardest)
-    options: dict[str, Any] = {"x_group": batch["image_group"], "y_group": batch["caption_group"]}
-    options["alpha"] = model.config.alpha
-    with torch.autocast(images.device.type, enabled=False):  # a margin needs more digits than bfloat16 has
-        losses: Any = setemb_kernels.distributed if several else setemb_kernels
-        if config.kind == "info_nce":
-            return cast(Tensor, losses.set_infonce_loss(images, texts, temperature=config.temperature, **options))
-        loss = images.new_zeros(())
-        for share, negatives in ((hardest, "hardest"), (1 - hardest, "all")):
-            if share > 0:
-                part = losses.set_triplet_loss(images, texts, margin=config.margin, negatives=negatives, **options)
-                loss = loss + share * part
-        return loss
-
-
 def step_seed(seed: int, rank: int, step: int) -> int:
     """What the generators are seeded with before a step: 32 bits, as a CPU's has no more."""
     return (step + 2654435761 * (seed + 4099 * rank)) % 2**32
-
-
-def mean_over_processes(loss: Callable[[Tensor], Tensor], *shares: Tensor) -> Tensor:
-    """The sum of ``loss``, a mean over items, of each of several batches that are spread over processes.
-
-    All get its value; the gradients are those for their own shares.
-    """
-    total = shares[0].new_zeros(())
-    for own in shares:
-        ring = Ring("mean_over_processes", None, TIMEOUT, own.device)
-        part = loss(own)
-        counted = torch.stack((part.detach() * len(own), part.new_tensor(float(len(own)))))
-        whole, count = ring.total(counted)
-        part = part * (len(own) / count.clamp(min=1))
-        total = total + part + (whole / count.clamp(min=1) - part.detach())
-    return total
 
 
 def cosine_with_warmup(step: int, total: int, warmup: int) -> float:
@@ -306,9 +255,14 @@ def fit(
     if config.trainer.accumulate_embeddings < 0:
         given = config.trainer.accumulate_embeddings
         raise ValueError(f"trainer.accumulate_embeddings must be at least 0, got {given}")
-    for name, value in (("epochs", config.trainer.epochs), ("validate_every", config.trainer.validate_every)):
-        if value < 1:
-            raise ValueError(f"trainer.{name} must be at least 1, got {value}")
+    for name in ("epochs", "validate_every", "accumulate_batches"):
+        if getattr(config.trainer, name) < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, got {getattr(config.trainer, name)}")
+    if data.batches_per_step != config.trainer.accumulate_batches:
+        raise ValueError(
+            f"the data must be made with as many batches a step as trainer.accumulate_batches says, "
+            f"{config.trainer.accumulate_batches}, got {data.batches_per_step}"
+        )
     folder = Path(folder)
     last = folder / "last.safetensors"
     if resume and not last.is_file():
@@ -345,6 +299,7 @@ def fit(
         strategy="auto" if processes == 1 else "ddp",
         sync_batchnorm=synchronised,
         max_epochs=settings.epochs,
+        accumulate_grad_batches=settings.accumulate_batches,
         gradient_clip_val=settings.gradient_clip or None,
         check_val_every_n_epoch=settings.validate_every,
         log_every_n_steps=min(settings.log_every, data.steps_per_epoch),
@@ -383,7 +338,18 @@ def precision_plugins(settings: TrainerConfig) -> list[Any]:
     if settings.precision == "32":
         return []
     device = "cuda" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    return [MixedPrecision(cast(Any, settings.precision), device)]
+    return [_MixedPrecision(cast(Any, settings.precision), device)]
+
+
+class _MixedPrecision(MixedPrecision):
+    """Lightning's, which refuses to clip gradients of a fused optimizer, also without a scaler, where nothing is in the
+    way."""
+
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        if self.scaler is None:
+            Precision.clip_gradients(self, *args, **kwargs)
+        else:
+            super().clip_gradients(*args, **kwargs)
 
 
 def load_model(path: str | Path) -> SetEmbedder:
@@ -444,7 +410,10 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
         start_at_vectors(model, vocabulary)
     for data in (train, dev):
         data.captions = captions_for(model, data.texts, settings)
-    module = RetrievalDataModule(train, dev, settings.batch_size, config.trainer.seed, settings.workers)
+    trainer = config.trainer
+    module = RetrievalDataModule(
+        train, dev, settings.batch_size, trainer.seed, settings.workers, trainer.accumulate_batches
+    )
     return fit(config, model, module, folder, resume)
 
 

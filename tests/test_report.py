@@ -96,6 +96,21 @@ def test_with_files(tmp_path: Path) -> None:
     assert "slot_attention &lt;forward&gt;" in figure
 
 
+def test_where_the_time_goes(tmp_path: Path) -> None:
+    row = {
+        "op": "training",
+        "name": "where our step spends its time",
+        "sections": {"text sets": {"forward": 20.0, "backward": 55.0}, "optimizer": {"update": 25.0}},
+    }
+    versions = {"torch": "2.11", "cuda": None}
+    content = {"device": "CPU", "date": "2026-01-02", "versions": versions, "rows": [row]}
+    (tmp_path / "cpu-2026-01-02.json").write_text(json.dumps(content))
+    text = report.tables(tmp_path)
+    assert "| training where our step spends its time | forward, ms | backward, ms | update, ms | share |" in text
+    assert "| text sets | 20 | 55 |  | 75 % |" in text
+    assert "| optimizer |  |  | 25 | 25 % |" in text
+
+
 def test_floors_in_the_notes_are_those_of_the_rows() -> None:
     notes = (report.ROOT / "benchmarks/NOTES.md").read_text()
     for row in gpu_rows("cuda", quick=False):

@@ -50,21 +50,28 @@ class StepBatches:
         batch_size: images a batch.
         seed: of the permutations.
         step: called at the start of each pass for the number of steps taken so far; the pass ends where the epoch ends.
+        per_step: batches that make a step of the optimizer; the last ones, too few for a step, are left out. What
+            is yielded as the step is then the number of the batch.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, step: Callable[[], int]) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, step: Callable[[], int], per_step: int = 1) -> None:
         if not 1 <= batch_size <= n:
             raise ValueError(f"batch_size must lie in [1, {n}] (the number of images), got {batch_size}")
-        self.n, self.batch_size, self.seed, self.step = n, batch_size, seed, step
+        if not 1 <= per_step <= n // batch_size:
+            raise ValueError(
+                f"accumulate_batches must lie in [1, {n // batch_size}] (the batches of an epoch), got {per_step}"
+            )
+        self.n, self.batch_size, self.seed, self.step, self.per_step = n, batch_size, seed, step, per_step
 
     def __len__(self) -> int:
-        return self.n // self.batch_size
+        """Batches of an epoch."""
+        return self.n // self.batch_size // self.per_step * self.per_step
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return self._from(self.step())
+        return self._from(self.step() * self.per_step)
 
-    def _from(self, step: int) -> Iterator[tuple[int, list[int]]]:
-        epoch, first = divmod(step, len(self))
+    def _from(self, batch: int) -> Iterator[tuple[int, list[int]]]:
+        epoch, first = divmod(batch, len(self))
         order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
         own = share(self.batch_size, *place())
         for i in range(first, len(self)):
@@ -93,18 +100,27 @@ class RetrievalDataModule(LightningDataModule):
         batch_size: images a batch.
         seed: of everything random about the batches.
         workers: processes that make batches; 0: the training process itself.
+        batches_per_step: whose gradients are added before the weights change (``trainer.accumulate_batches``).
     """
 
     def __init__(
-        self, train: RetrievalData, dev: RetrievalData | None, batch_size: int, seed: int = 0, workers: int = 0
+        self,
+        train: RetrievalData,
+        dev: RetrievalData | None,
+        batch_size: int,
+        seed: int = 0,
+        workers: int = 0,
+        batches_per_step: int = 1,
     ) -> None:
         super().__init__()
+        self.batches_per_step = batches_per_step
         self.train, self.dev, self.batch_size, self.seed, self.workers = train, dev, batch_size, seed, workers
-        self._sampler = StepBatches(len(train), batch_size, seed, self._step)
+        self._sampler = StepBatches(len(train), batch_size, seed, self._step, batches_per_step)
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self._sampler)
+        """Of the optimizer."""
+        return len(self._sampler) // self.batches_per_step
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return _loader(self.train, self._sampler, self.seed, self.workers)

@@ -172,7 +172,8 @@ def train_variant(
         features, parts["train"], phrases, phrases_per_emoji=data.captions_per_image, cell_drop=data.region_drop
     )
     dev = EmojiPairs(features, parts["dev"])
-    module = RetrievalDataModule(train, dev, data.batch_size, config.trainer.seed, data.workers)
+    trainer = config.trainer
+    module = RetrievalDataModule(train, dev, data.batch_size, trainer.seed, data.workers, trainer.accumulate_batches)
     return load_model(fit(config, new_model(config, features, phrases), module, folder)), read_metrics(folder)
 
 

@@ -39,6 +39,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.unflatten(0, x.shape[:-1])
 
 
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``left right^T + b`` of matrices of one dtype, as `linear` but without a gradient."""
+    with torch.autocast(left.device.type, enabled=False):
+        if not _onednn_serves(left, right):
+            return functional.linear(left, right, bias)
+        return _multiply(left, right, bias)
+
+
 def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
     """``x_h W_h^T`` of each head: ``[heads, rows, in]`` and ``[heads, out, in]`` to ``[heads, rows, out]``."""
     if not _onednn_serves(x, weight):
@@ -60,10 +68,21 @@ def linear_after(before: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
     For a normalisation or an activation: quickly made, and as large as what it is made of. ``before`` must not keep
     statistics; where it or ``layer`` has hooks, or ``layer`` is no plain `torch.nn.Linear`, both are simply called.
     """
-    plain = type(layer) in (nn.Linear, Linear) and not _hooked(before) and not _hooked(layer)
-    if not plain or _nothing_is_remade():
+    if not is_plain(layer) or _hooked(before) or _nothing_is_remade():
         y: Tensor = layer(before(x))
         return y
+    return product_after(before, x, cast(nn.Linear, layer).weight, cast(nn.Linear, layer).bias)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether all that a call does is a product with the layer's weight."""
+    return type(layer) in (nn.Linear, Linear) and not _hooked(layer)
+
+
+def product_after(before: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear(before(x), weight, bias)``, stored as by `linear_after`."""
+    if _nothing_is_remade():
+        return linear(before(x), weight, bias)
     names = [name for name, _ in before.named_parameters()]
     training = [module.training for module in before.modules()]
 
@@ -72,11 +91,10 @@ def linear_after(before: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
             y: Tensor = functional_call(before, dict(zip(names, parameters, strict=True)), (x,))
         return y
 
-    weight, bias = cast(nn.Linear, layer).weight, cast(nn.Linear, layer).bias
     random = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in before.modules())
     inputs = (x, *before.parameters())
     if _onednn_serves(x, weight):
-        y = _ProductAfter.apply(made, random, weight, bias, *inputs)
+        y: Tensor = _ProductAfter.apply(made, random, weight, bias, *inputs)
         return y.unflatten(0, x.shape[:-1])
     return _remade(lambda *inputs: functional.linear(made(*inputs), weight, bias), inputs, random)
 
@@ -92,6 +110,19 @@ def linear_by_head_after(before: Callable[..., Tensor], inputs: Sequence[Tensor 
         y: Tensor = _ProductAfter.apply(before, False, weight, None, *inputs)
         return y
     return _remade(lambda *inputs: linear_by_head(before(*inputs), weight), inputs, False)
+
+
+def linear_after_attention(
+    before: Callable[..., Tensor], inputs: Sequence[Tensor | None], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``linear(before(*inputs), weight, bias)``, stored and made again as by `linear_by_head_after`."""
+    if _nothing_is_remade():
+        return linear(before(*inputs), weight, bias)
+    if not _onednn_serves(inputs[0], weight):
+        return _remade(lambda *i: functional.linear(before(*i), weight, bias), inputs, False)
+    y: Tensor = _ProductAfter.apply(before, False, weight, bias, *inputs)
+    (keys, slots) = (cast(Tensor, inputs[1]), cast(Tensor, inputs[0]).shape[2])
+    return y.unflatten(0, (len(keys), slots))
 
 
 def _nothing_is_remade() -> bool:

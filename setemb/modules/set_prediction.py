@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from setemb.modules.linear import Linear, linear_after
-from setemb.modules.slot_attention import Tokens, attend, check_tokens, read_tokens
+from setemb.modules.slot_attention import Tokens, attend, attend_merged, check_tokens, merge, read_tokens
 
 EPS = 1e-7
 """Added to the sum over tokens that normalises an attention row: a slot that no token chose gathers 0, not NaN."""
@@ -46,7 +46,7 @@ class SlotCrossAttention(nn.Module):
         self, keys: Tensor, values: Tensor, *, slots: int, iterations: int, mask: Tensor | None, absorbed: bool | None
     ) -> Tokens:
         """What each call of `forward` reads of tokens ``[B, T, dim_context]``."""
-        return read_tokens(
+        tokens = read_tokens(
             keys,
             values,
             self.to_k,
@@ -57,10 +57,21 @@ class SlotCrossAttention(nn.Module):
             mask=mask,
             absorbed=absorbed,
         )
+        if not tokens.absorbed:
+            return tokens
+        rows = len(keys) * slots * iterations
+        return tokens._replace(merged=merge(self.to_q, self.to_k, self.to_v, self.to_out, self.heads, rows))
 
-    def forward(self, q: Tensor, tokens: Tokens, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The update ``[B, K, dim]`` by queries ``to_q(slots) [B or 1, K, heads x dim_head]``; the attention
+    def forward(
+        self, norm: nn.Module, slots: Tensor, tokens: Tokens, return_attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The update ``[B, K, dim]`` by queries ``to_q(norm(slots))`` of slots ``[B or 1, K, dim]``; the attention
         ``[B, heads, K, T]`` if asked for."""
+        if tokens.merged is not None and not return_attention:
+            scale = (self.to_q.out_features // self.heads) ** -0.5
+            bias = self.to_out.bias
+            return attend_merged(norm, slots, tokens, bias, heads=self.heads, scale=scale, eps=EPS), None
+        q = linear_after(norm, slots, self.to_q)
         gathered, attention = attend(
             q,
             tokens,
@@ -175,8 +186,7 @@ class SetPrediction(nn.Module):
         attention = None
         for i in range(self.iterations):
             last = i == self.iterations - 1
-            q = linear_after(self.norm_slots, x, self.attention.to_q)
-            update, attention = self.attention(q, tokens, return_attention and last)
+            update, attention = self.attention(self.norm_slots, x, tokens, return_attention and last)
             x = x + update
             hidden = linear_after(self.norm_feedforward, x, self.feedforward[0])
             x = x + linear_after(self.feedforward[1:-1], hidden, self.feedforward[-1])

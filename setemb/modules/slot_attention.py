@@ -6,7 +6,9 @@ Keys and values are projections of the tokens that every iteration reads again. 
 - *absorbed*: ``q . W_k x = (W_k^T q) . x`` and ``sum_t w_t W_v x_t = W_v (sum_t w_t x_t)``, so the tokens themselves
   serve as keys and values, one head for all, and the projections move to the few slots. Keys and values never exist.
 
-`absorbs` counts the operations of both.
+`absorbs` counts the operations of both. Where tokens are much narrower than the projections, a third way takes fewer
+(`merges`): with slots z, ``q . W_k x = (W_k^T W_q z) . x`` and ``W_o W_v`` are products of weights alone, one matrix a
+head each, made once for all items and iterations.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from setemb.modules.linear import Linear, linear, linear_by_head, linear_by_head_after
+from setemb.modules.linear import (
+    Linear,
+    is_plain,
+    linear,
+    linear_after_attention,
+    linear_by_head,
+    linear_by_head_after,
+    product_after,
+)
 from setemb_kernels import slot_attention
 
 
@@ -30,6 +40,16 @@ class Tokens(NamedTuple):
     mask: Tensor | None
     """bool ``[B, T]``, True = valid."""
     absorbed: bool
+    merged: Merged | None = None
+
+
+class Merged(NamedTuple):
+    """Products of the weights before and after absorbed attention."""
+
+    queries: Tensor
+    """``W_k^T W_q`` of each head, ``[heads x dim_context, dim]``."""
+    updates: Tensor
+    """``W_o W_v`` of each head, ``[dim, heads x dim_context]``."""
 
 
 def absorbs(slots: int, heads: int, tokens: int, dim_context: int, dim_head: int, iterations: int) -> bool:
@@ -137,6 +157,40 @@ def attend(
             value_bias = value_bias * tokens.mask.any(1)[:, None, None]
         gathered = gathered + value_bias
     return gathered, attention
+
+
+def merges(rows: int, heads: int, dim: int, dim_context: int, dim_head: int) -> bool:
+    """Whether merged weights take fewer multiplications for so many slots, of all items and iterations together."""
+    inner = heads * dim_head
+    return inner * dim * dim_context + rows * dim * heads * dim_context < rows * inner * (dim + dim_context)
+
+
+def merge(to_q: nn.Linear, to_k: nn.Linear, to_v: nn.Linear, to_out: nn.Linear, heads: int, rows: int) -> Merged | None:
+    """The products of weights, where they pay and nothing else happens in these layers; of them only ``to_out`` may
+    have a bias."""
+    layers = (to_q, to_k, to_v, to_out)
+    dim, dim_context = to_q.in_features, to_k.in_features
+    if not merges(rows, heads, dim, dim_context, to_k.out_features // heads) or not all(map(is_plain, layers)):
+        return None
+    q, k, v = (layer.weight.unflatten(0, (heads, -1)) for layer in (to_q, to_k, to_v))  # [heads, dim_head, ...]
+    out = to_out.weight.unflatten(1, (heads, -1)).transpose(0, 1)  # [heads, dim, dim_head]
+    return Merged((k.mT @ q).flatten(0, 1), (out @ v).transpose(0, 1).flatten(1))
+
+
+def attend_merged(
+    norm: nn.Module, slots: Tensor, tokens: Tokens, bias: Tensor | None, *, heads: int, scale: float, eps: float
+) -> Tensor:
+    """``to_out`` of what the slots ``[B or 1, K, dim]`` gather, ``[B, K, dim]``; their queries are made of
+    ``norm(slots)``."""
+    assert tokens.merged is not None
+    q = product_after(norm, slots, tokens.merged.queries, None).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def gathered(q: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None) -> Tensor:
+        q = q.expand(len(keys), -1, -1, -1)
+        update: Tensor = slot_attention(q, keys, values, mask=mask, scale=scale, eps=eps)
+        return update.transpose(1, 2).flatten(2)
+
+    return linear_after_attention(gathered, (q, tokens.keys, tokens.values, tokens.mask), tokens.merged.updates, bias)
 
 
 class SlotAttention(nn.Module):

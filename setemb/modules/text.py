@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from setemb.modules.gru import last_states
 from setemb.modules.image import Pooling, RegionEncoder, pool
 from setemb.modules.linear import Linear
 from setemb.packages import model_location, require
@@ -51,9 +52,7 @@ class GRUTextEncoder(nn.Module):
         if len(ids) and int(lengths.min()) == 0:
             raise ValueError(f"every text must have a word, got none in row {int(lengths.argmin())}")
         local = self.dropout(self.embed(ids))
-        packed = nn.utils.rnn.pack_padded_sequence(local, lengths, batch_first=True, enforce_sorted=False)
-        _, last = self.rnn(packed)  # [2, B, dim]
-        return local, last.mean(0), mask
+        return local, last_states(self.rnn, local, lengths).mean(0), mask
 
 
 class FeatureTextEncoder(RegionEncoder):

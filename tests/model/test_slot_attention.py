@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import setemb.modules.set_prediction
 from setemb.modules import SetPrediction, SlotAttention
-from setemb.modules.slot_attention import absorbs
+from setemb.modules.slot_attention import absorbs, merges
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -27,6 +30,10 @@ def test_the_way_of_fewer_operations() -> None:
     assert absorbs(4, 1, 64, 1024, 1024, 4)
     assert not absorbs(64, 4, 36, 64, 16, 4)
     assert not absorbs(4, 8, 4096, 1024, 8, 4)
+    assert merges(640 * 4 * 4, 4, 1024, 300, 512)  # texts of the published recipe
+    assert not merges(16, 4, 1024, 300, 512)  # a single text: the products of weights cost more than they save
+    assert not merges(10**6, 4, 1024, 1024, 512)  # its images
+    assert not merges(10**6, 4, 256, 300, 64)
 
 
 @pytest.mark.parametrize("position", [None, "sine"])
@@ -47,6 +54,38 @@ def test_absorbed_and_projected_give_the_same_numbers(mask, padding, position):
         results.append([out.embeddings, out.slots, out.attention, *gradients(out.embeddings, module, local, global_)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # products by torch's own, and by oneDNN
+@pytest.mark.parametrize("mask", [False, True])
+def test_merged_weights_give_the_same_numbers(mask, dtype):
+    """Where tokens are narrow next to the heads; values and gradients, of a batch that is large enough to pay."""
+    torch.manual_seed(0)
+    projected, merged = (SetPrediction(6, 16, 16, 3, 3, heads=2, dim_head=40, absorbed=a) for a in (False, True))
+    merged.load_state_dict(projected.state_dict())
+    local, global_ = torch.randn(30, 7, 6, dtype=dtype), torch.randn(30, 16, dtype=dtype)
+    valid = torch.arange(7) < torch.randint(0, 8, (30, 1)) if mask else None
+    upstream, results = torch.randn(30, 3, 16, dtype=dtype), []
+    real = setemb.modules.set_prediction.attend_merged
+    with mock.patch.object(setemb.modules.set_prediction, "attend_merged", side_effect=real) as used:
+        for module in (projected, merged):
+            module.to(dtype).eval()
+            leaves = [local.clone().requires_grad_(), global_.clone().requires_grad_(), *module.parameters()]
+            out = module(*leaves[:2], valid).embeddings
+            results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+            assert used.call_count == (3 if module is merged else 0)
+        assert merged(local, global_, valid, return_attention=True).attention.shape == (30, 2, 3, 7)
+        assert used.call_count == 5
+    rtol, atol = (1e-9, 1e-11) if dtype == torch.float64 else (1e-4, 2e-5)
+    torch.testing.assert_close(results[1], results[0], rtol=rtol, atol=atol)
+
+
+def test_layers_with_hooks_are_not_merged():
+    module = SetPrediction(6, 16, 16, 3, 3, heads=2, dim_head=40, absorbed=True).eval()
+    seen = []
+    module.attention.to_out.register_forward_hook(lambda *_: seen.append(1))
+    module(torch.randn(30, 7, 6), torch.randn(30, 16))
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("tokens", [3, 64], ids=["projected", "absorbed"])

@@ -33,12 +33,12 @@ from setemb.config import LossConfig, load_config
 from setemb.data.captions import FeatureCaptions
 from setemb.losses import diversity_loss, hardest_triplet_loss, info_nce_loss
 from setemb.model import SetEmbedder
+from setemb.objective import retrieval_loss
 from setemb.training import (
     cosine_with_warmup,
     evaluate_precomp,
     load_model,
     read_metrics,
-    retrieval_loss,
     step_seed,
     train_precomp,
 )
