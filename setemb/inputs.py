@@ -58,7 +58,7 @@ def text_batch(model: SetEmbedder, texts: str | Sequence[str]) -> dict[str, Tens
 def image_batch(model: SetEmbedder, images: Picture | Sequence[Picture]) -> dict[str, Tensor]:
     """``images`` and ``image_mask`` of `setemb.model.Batch`.
 
-    A model with the image encoder "pictures" takes pictures alone, cropped as in evaluation. Of the others those that
+    A model with a backbone inside takes pictures alone, cropped as in evaluation. Of the others those that
     say what makes features of pictures (``model.image.source``) take both, the rest features alone.
 
     Raises:
@@ -73,7 +73,7 @@ def image_batch(model: SetEmbedder, images: Picture | Sequence[Picture]) -> dict
     if not images:
         raise ValueError("images: expected at least one, got none")
     device = next(model.parameters()).device
-    if model.config.image.encoder == "pictures":
+    if model.config.image.takes == "pictures":
         return {"images": _crops(model, images).to(device)}
     read = [_features_or_pixels(image) for image in images]
     pixels = {i: value for i, value in enumerate(read) if value.dtype == np.uint8}
@@ -118,12 +118,12 @@ def read_picture(source: Any, size: int, most: int = MAX_PIXELS) -> np.ndarray:
 
 def takes_pictures(model: SetEmbedder) -> bool:
     """Whether a model can be asked with pictures, not with features of them alone."""
-    return model.config.image.encoder == "pictures" or bool(model.config.image.source)
+    return model.config.image.takes == "pictures" or bool(model.config.image.source)
 
 
 def read_query(model: SetEmbedder, source: Any, most: int) -> np.ndarray:
     """uint8 ``[H, W, 3]``, what `image_batch` takes; errors as in `read_picture`."""
-    if model.config.image.encoder == "pictures":  # which crops them itself
+    if model.config.image.takes == "pictures":  # which crops them itself
         return np.asarray(_opened(source, most=most).convert("RGB"))
     return read_picture(source, 224, most)
 

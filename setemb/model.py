@@ -18,6 +18,7 @@ from setemb.inputs import Picture, image_batch, text_batch
 from setemb.modules import (
     FeatureTextEncoder,
     GRUTextEncoder,
+    OpenClipTextEncoder,
     PictureEncoder,
     PIENet,
     RegionEncoder,
@@ -41,7 +42,7 @@ Batch = Mapping[str, Tensor]
 key             shape                                  what
 =============== ====================================== =====================================================
 images          float ``[B, T, dim_in]``               region or grid features;
-                uint8 ``[B, 3, H, W]``                 pictures for the image encoder "pictures"
+                uint8 ``[B, 3, H, W]``                 pictures, for a model with a backbone inside
 image_mask      bool ``[B, T]``                        True = valid; may be absent
 texts           int64 ``[C, T]``, float ``[C, T, d]``  word ids; token features for the text encoder "features"
 text_mask       bool ``[C, T]``                        True = valid
@@ -129,6 +130,14 @@ class SetEmbedder(nn.Module):
             learnt = {"scale": self.match_scale, "bias": self.match_bias}
         return set_similarity(x, y, cast(Similarity, self.config.similarity), self.config.alpha, **learnt)
 
+    def measure(self) -> dict[str, Any]:
+        """The same as arguments of `setemb_kernels.set_infonce_loss`, `set_topk` and their like."""
+        kind = self.config.similarity
+        if kind == "match_probability":
+            return {"kind": kind, "alpha": self.match_scale, "match_bias": self.match_bias}
+        # of sets of one vector smooth_chamfer is the cosine
+        return {"kind": "smooth_chamfer" if kind == "cosine" else kind, "alpha": self.config.alpha}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json``, ``model.safetensors`` and, with a vocabulary, ``vocab.txt``.
 
@@ -202,10 +211,16 @@ def _image_encoder(config: ModelConfig, pretrained: bool) -> RegionEncoder | Pic
         "input_dropout": image.input_dropout,
         "pooling": image.pooling,
     }
-    if image.encoder == "pictures":
+    if image.takes == "pictures":
         from setemb.modules.backbones import TimmBackbone
+        from setemb.modules.open_clip import OpenClipBackbone
 
-        backbone = TimmBackbone(image.backbone, image.weights if pretrained else "random")
+        weights = image.weights if pretrained else "random"
+        backbone: TimmBackbone | OpenClipBackbone
+        if image.encoder == "open_clip":
+            backbone = OpenClipBackbone(image.backbone, weights, image.picture_size)
+        else:
+            backbone = TimmBackbone(image.backbone, weights)
         return PictureEncoder(
             backbone,
             backbone.channels,
@@ -214,6 +229,7 @@ def _image_encoder(config: ModelConfig, pretrained: bool) -> RegionEncoder | Pic
             mean=backbone.mean,
             std=backbone.std,
             cell_drop=image.cell_drop,
+            pooled=getattr(backbone, "pooled", 0),
             **head,
         )
     if image.dim_in < 1:
@@ -223,7 +239,7 @@ def _image_encoder(config: ModelConfig, pretrained: bool) -> RegionEncoder | Pic
 
 def _text_encoder(
     config: ModelConfig, pretrained: bool
-) -> GRUTextEncoder | FeatureTextEncoder | TransformerTextEncoder:
+) -> GRUTextEncoder | FeatureTextEncoder | TransformerTextEncoder | OpenClipTextEncoder:
     text = config.text
     if text.encoder == "bigru":
         if text.vocab_size < 1:
@@ -237,6 +253,9 @@ def _text_encoder(
         return FeatureTextEncoder(
             text.dim_in, config.dim, text.hidden or None, text.dropout, text.input_dropout, cast(Any, text.pooling)
         )
+    if text.encoder == "open_clip":
+        weights = text.weights if pretrained else "random"
+        return OpenClipTextEncoder(text.source, config.dim, weights, text.frozen, text.dropout)
     return TransformerTextEncoder(
         text.source, config.dim, text.frozen, text.dropout, cast(Any, text.pooling), pretrained
     )

@@ -41,29 +41,25 @@ def retrieval_loss(
 ) -> Tensor:
     """The main loss of a step over sets ``[B, K, D]`` and ``[C, K, D]``.
 
-    Smooth-Chamfer similarities are never stored (`setemb_kernels.losses`), where groups say what belongs together.
-    Those of other kinds are, and so are they where the batch lists its positive pairs: bool ``[B, C]``, "positive";
-    not on several processes, then.
+    Similarities are never stored (`setemb_kernels.losses`) where groups say what belongs together. They are where the
+    batch lists its positive pairs: bool ``[B, C]``, "positive"; not on several processes, then.
     """
     # mean of violations for the warm-up, then linearly to the hardest negative in as many epochs again
     ramp = 1.0 if config.warmup_epochs <= 0 else min(max(epochs_done / config.warmup_epochs - 1, 0.0), 1.0)
     hardest = config.hardest_fraction * ramp
     several = place()[1] > 1
-    if model.config.similarity != "smooth_chamfer" or "positive" in batch:
+    if "positive" in batch:
         if several:
             raise ValueError(
-                "training on several processes takes model.similarity=smooth_chamfer and data whose groups say what "
-                f"belongs together, got {model.config.similarity}" + (' and "positive"' if "positive" in batch else "")
+                'training on several processes takes data whose groups say what belongs together, got "positive"'
             )
-        positive = batch.get("positive")
-        if positive is None:
-            positive = batch["image_group"][:, None] == batch["caption_group"]
+        positive = batch["positive"]
         sim = model.similarity(images, texts)
         if config.kind == "info_nce":
             return info_nce_loss(sim, positive, config.temperature)
         return hardest_triplet_loss(sim, positive, config.margin, hardest)
     options: dict[str, Any] = {"x_group": batch["image_group"], "y_group": batch["caption_group"]}
-    options["alpha"] = model.config.alpha
+    options |= model.measure()
     with torch.autocast(images.device.type, enabled=False):  # a margin needs more digits than bfloat16 has
         losses: Any = setemb_kernels.distributed if several else setemb_kernels
         if config.kind == "info_nce":

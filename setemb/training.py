@@ -67,7 +67,7 @@ from setemb.data.vocab import Vocabulary
 from setemb.ensemble import Encoded, Similarities
 from setemb.evaluation import RecallReport, evaluate_similarities
 from setemb.model import Batch, SetEmbedder
-from setemb.modules import GRUTextEncoder, TransformerTextEncoder
+from setemb.modules import GRUTextEncoder, OpenClipTextEncoder, TransformerTextEncoder
 from setemb.objective import training_loss
 from setemb.processes import first, gathered_by_first, launched, place
 from setemb.similarity import set_similarity
@@ -394,7 +394,7 @@ def train_precomp(config: Config, folder: str | Path, resume: bool = False) -> P
     vocabulary = None
     if isinstance(train, PrecompDataset):
         config.model.image.dim_in = train.dim
-    elif config.model.image.encoder == "pictures":
+    elif config.model.image.takes == "pictures":
         config.model.image.picture_size = settings.picture_size
         config.model.image.whole_picture = settings.whole_picture
     for data in (train, dev):
@@ -437,9 +437,9 @@ def evaluation_settings(model: SetEmbedder, trained: DataConfig | None, override
     given = {override.partition("=")[0] for override in overrides}
     if trained is None:
         trained, image = DataConfig(), model.config.image
-        if image.encoder == "pictures" and image.picture_size:
+        if image.takes == "pictures" and image.picture_size:
             trained = replace(trained, picture_size=image.picture_size, whole_picture=image.whole_picture)
-        elif image.encoder == "pictures" and "data.picture_size" not in given:
+        elif image.takes == "pictures" and "data.picture_size" not in given:
             raise ValueError(
                 "the model does not say at which size it looks at pictures: give data.picture_size=... (and "
                 "data.whole_picture=true where it looked at whole ones), or set image.picture_size in its config.json"
@@ -486,8 +486,8 @@ def check_fits(image: ImageConfig, data: CaptionedImages, settings: DataConfig) 
     Raises:
         ValueError: it does not; naming both.
     """
-    if image.encoder != data.kind:
-        raise ValueError(f"model.image.encoder takes {image.encoder}, {settings.dir} has {data.kind}")
+    if image.takes != data.kind:
+        raise ValueError(f"model.image.encoder takes {image.takes}, {settings.dir} has {data.kind}")
     if isinstance(data, PrecompDataset) and data.dim != image.dim_in:
         raise ValueError(
             f"the model takes image features of size {image.dim_in}, {settings.dir} has {data.dim} in its split "
@@ -498,7 +498,7 @@ def check_fits(image: ImageConfig, data: CaptionedImages, settings: DataConfig) 
 def captions_for(model: SetEmbedder, texts: Sequence[str], settings: DataConfig) -> Captions:
     """Captions in the form that the model's text encoder takes."""
     encoder = model.text_encoder
-    if isinstance(encoder, TransformerTextEncoder):
+    if isinstance(encoder, (TransformerTextEncoder, OpenClipTextEncoder)):
         return TokenCaptions(texts, encoder.tokenize, settings.word_drop, encoder.mask_id, encoder.vocab_size)
     if model.vocabulary is not None:
         return WordCaptions(texts, model.vocabulary, settings.word_drop)

@@ -86,12 +86,13 @@ class PictureEncoder(nn.Module):
     """Pictures through a backbone; a `RegionEncoder` takes the cells of its last feature map as regions.
 
     Args:
-        backbone: ``[B, 3, H, W]`` -> ``[B, channels, h, w]``.
+        backbone: ``[B, 3, H, W]`` -> ``[B, channels, h, w]``, and ``[B, pooled]`` where it pools by itself.
         channels: of the feature map.
         dim, **regions: as in `RegionEncoder`.
         frozen: do not train the backbone; it then also stays in evaluation mode.
         mean, std: numbers a colour: pictures of uint8 become ``(x / 255 - mean) / std``.
         cell_drop: share of the cells left out in training, the same number for each picture; at least one stays.
+        pooled: features of the backbone's own pooled vector, which then is ``global``; 0: it has none.
     """
 
     mean: Tensor
@@ -106,6 +107,7 @@ class PictureEncoder(nn.Module):
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
         cell_drop: float = 0.0,
+        pooled: int = 0,
         **regions: object,
     ) -> None:
         super().__init__()
@@ -114,7 +116,8 @@ class PictureEncoder(nn.Module):
         self.backbone = backbone.requires_grad_(not frozen)
         self.frozen, self.cell_drop = frozen, cell_drop
         self.regions = RegionEncoder(channels, dim, **regions)  # type: ignore[arg-type]
-        self.dim_local, self.dim_global = dim, dim
+        self.pooled = pooled
+        self.dim_local, self.dim_global = dim, pooled or dim
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
         self.train(self.training)
@@ -126,7 +129,8 @@ class PictureEncoder(nn.Module):
         return self
 
     def forward(self, pictures: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """uint8 or float ``[B, 3, H, W]`` -> local ``[B, h w, dim]`` (cells in row order), global ``[B, dim]``, None.
+        """uint8 or float ``[B, 3, H, W]`` -> local ``[B, h w, dim]`` (cells in row order), global ``[B, dim_global]``,
+        None.
 
         Raises:
             ValueError: another shape; a mask.
@@ -138,12 +142,15 @@ class PictureEncoder(nn.Module):
         if pictures.dtype == torch.uint8:
             pictures = (pictures.float() / 255 - self.mean) / self.std
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            cells = self.backbone(pictures).flatten(2).transpose(1, 2)
+            found = self.backbone(pictures)
+            cells, pooled = found if self.pooled else (found, None)
+            cells = cells.flatten(2).transpose(1, 2)
         kept = max(1, round(cells.shape[1] * (1 - self.cell_drop)))
         if self.training and kept < cells.shape[1]:
             chosen = torch.rand(cells.shape[:2], device=cells.device).argsort(1)[:, :kept].sort(1).values
             cells = cells.take_along_dim(chosen[..., None], 1)
-        return self.regions(cells)
+        local, global_, _ = self.regions(cells)
+        return local, global_ if pooled is None else pooled, None
 
 
 def pool(local: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
