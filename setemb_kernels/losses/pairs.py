@@ -26,7 +26,7 @@ def add_gradients(gradients: Gradients, rows: Tensor, columns: Tensor, by_simila
     for chunk in _chunks(sets, len(rows)):
         n, m = rows[chunk], columns[chunk]
         x, y, alpha, bias = sets.measure.backward(
-            by_similarity[chunk], *_gathered(sets, n, m), needs=gradients.needs, paired=True
+            by_similarity[chunk], *_gathered(sets, n, m), gradients.needs, paired=True
         )
         if need_x:
             gradients.x.index_add_(0, n, x)

@@ -48,8 +48,13 @@ class Sets(NamedTuple):
 
     def similarity(self, rows: slice, columns: slice) -> Tensor:
         """``[n, m]`` in `dtype`."""
-        masks = [None if m is None else m[s] for m, s in ((self.x_mask, rows), (self.y_mask, columns))]
-        return self.measure.forward(self.x[rows], self.y[columns], *masks)
+        return self.measure.forward(self.x[rows], self.y[columns], *self.masks(rows, columns))
+
+    def masks(self, rows: slice, columns: slice) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            None if self.x_mask is None else self.x_mask[rows],
+            None if self.y_mask is None else self.y_mask[columns],
+        )
 
     @property
     def measure(self) -> Measure:
@@ -90,8 +95,9 @@ class Gradients:
     def add_tile(self, rows: slice, columns: slice, by_similarity: Tensor) -> None:
         """From the gradients ``[n, m]`` of the similarities of a tile."""
         s = self.sets
-        masks = [None if m is None else m[p] for m, p in ((s.x_mask, rows), (s.y_mask, columns))]
-        x, y, alpha, bias = s.measure.backward(by_similarity, s.x[rows], s.y[columns], *masks, needs=self.needs)
+        x, y, alpha, bias = s.measure.backward(
+            by_similarity, s.x[rows], s.y[columns], *s.masks(rows, columns), self.needs
+        )
         need_x, need_y, need_alpha, need_bias = self.needs
         if need_x:
             self.x[rows] += x
