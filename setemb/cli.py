@@ -87,7 +87,8 @@ def train(
     """Train a model on images and captions.
 
     Shipped recipes: the paper's {coco,f30k}-region-bigru, -region-bert, -resnet152-bigru and -resnext101-bert, and
-    f8k-grid-minilm, f8k-grid-bigru. Give the data with data.dir=FOLDER; setemb data check FOLDER says what it is.
+    f8k-grid-minilm, f8k-grid-bigru, f30k-clip. Give the data with data.dir=FOLDER; setemb data check FOLDER says what
+    it is.
     """
     from setemb.config import load_config, recipes, to_yaml
 

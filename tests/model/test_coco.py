@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from setemb.coco import evaluate_eccv_caption
+from setemb.coco import eccv_caption_of, evaluate_eccv_caption
+from setemb.ensemble import Encoded, Similarities
 from setemb_kernels import smooth_chamfer
 
 package = pytest.importorskip("eccv_caption")
@@ -103,6 +104,17 @@ def test_the_order_does_not_matter_where_ids_are_given(
     assert again.keys() == usual.keys()
     for figure, ways in usual.items():
         assert again[figure] == pytest.approx(ways, abs=0.1), figure  # a near tie may turn
+
+
+def test_an_ensemble_of_parts_is_the_whole(sets: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Dot products of two parts of vectors add up to those of the vectors."""
+    images, captions = (of[:, :1] for of in sets)
+    parts = [Encoded(images[..., part], captions[..., part]) for part in (slice(0, 3), slice(3, 8))]
+    whole = evaluate_eccv_caption(images, captions)
+    alone = evaluate_eccv_caption(parts[0].image_sets, parts[0].caption_sets)
+    for figure, ways in eccv_caption_of(Similarities(parts)).items():
+        assert ways == pytest.approx(whole[figure], abs=0.1), figure  # a near tie may turn
+        assert ways["image_to_text"] > alone[figure]["image_to_text"] + 5
 
 
 def test_what_does_not_fit_is_named(

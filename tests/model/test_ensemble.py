@@ -224,6 +224,25 @@ def test_settings_between_models_are_of_the_one_before(runs: dict[str, Path], tm
     assert "has 60 images and 300 captions" in said and "64 and 320" in said
 
 
+def test_eccv_caption_of_each_and_of_all(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures themselves are in `tests.model.test_coco`; they want COCO's 25,000 captions."""
+    asked = []
+
+    def counted(similarities: Similarities, pmrp_files: Path | None = None) -> dict[str, dict[str, float]]:
+        asked.append((len(similarities.members), similarities.shape, pmrp_files))
+        return {"eccv_r1": {"image_to_text": 10.0 * len(asked), "text_to_image": 0.5}}
+
+    monkeypatch.setattr("setemb.coco.eccv_caption_of", counted)
+    out = tmp_path / "report.json"
+    said = told(runs["a"], runs["b"], "--ensemble", "--eccv", "--pmrp", tmp_path, "--json", out)
+    assert asked == [(1, (64, 320), tmp_path), (1, (64, 320), tmp_path), (2, (64, 320), tmp_path)]
+    report = json.loads(out.read_text())
+    assert [of["eccv"]["eccv_r1"]["image_to_text"] for of in (*report["models"], report["ensemble"])] == [10, 20, 30]
+    assert "eccv_r1" in said and "ensemble, image → text" in said and "30.0" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
