@@ -28,7 +28,7 @@ class ProjectedEachIteration(nn.Module):
     def __init__(self, like: SetPrediction) -> None:
         super().__init__()
         self.parts = copy.deepcopy(like)
-        use_torch_linear(self.parts)
+        use_torch_layers(self.parts)
 
     def forward(self, local: Tensor, global_: Tensor, mask: Tensor | None = None) -> SetOutput:
         p = self.parts
@@ -52,10 +52,12 @@ class ProjectedEachIteration(nn.Module):
         return SetOutput(functional.normalize(out, dim=-1), slots, None)
 
 
-def use_torch_linear(module: nn.Module) -> None:
+def use_torch_layers(module: nn.Module) -> None:
+    """Linear layers and dropout as torch has them."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            layer.__class__ = nn.Linear
+        for kind in (nn.Linear, nn.Dropout):
+            if isinstance(layer, kind):
+                layer.__class__ = kind
 
 
 class PlainEmbedder(nn.Module):
@@ -65,7 +67,7 @@ class PlainEmbedder(nn.Module):
     def __init__(self, like: SetEmbedder) -> None:
         super().__init__()
         self.image_encoder, self.text_encoder = copy.deepcopy(like.image_encoder), copy.deepcopy(like.text_encoder)
-        use_torch_linear(self)
+        use_torch_layers(self)
         assert isinstance(like.image_sets, SetPrediction) and isinstance(like.text_sets, SetPrediction)
         self.image_sets = ProjectedEachIteration(like.image_sets)
         self.text_sets = ProjectedEachIteration(like.text_sets)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from setemb.modules.dropout import Dropout
 from setemb.modules.linear import Linear
 
 Pooling = Literal["max", "mean"]
@@ -60,10 +61,10 @@ class RegionEncoder(nn.Module):
         if pooling not in ("max", "mean"):
             raise ValueError(f'pooling must be "max" or "mean", got {pooling!r}')
         self.dim_in, self.dim_local, self.dim_global, self.pooling = dim_in, dim, dim, pooling
-        self.input_dropout = nn.Dropout(input_dropout)
+        self.input_dropout = Dropout(input_dropout)
         self.fc = Linear(dim_in, dim)
         self.mlp = ResidualMLP(dim, hidden or max(dim // 2, 1))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """``[B, T, dim_in]``, bool ``[B, T]`` -> local ``[B, T, dim]``, global ``[B, dim]``, the mask."""

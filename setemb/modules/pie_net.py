@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from setemb.modules.dropout import Dropout
 from setemb.modules.linear import Linear
 from setemb.modules.set_prediction import SetOutput
 from setemb.modules.slot_attention import check_tokens
@@ -43,7 +44,7 @@ class PIENet(nn.Module):
         self.hidden = Linear(dim_local, hidden, bias=False)
         self.attention = Linear(hidden, num_slots, bias=False)
         self.residual = Linear(dim_local, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.project_global = nn.Identity() if dim_global == dim else Linear(dim_global, dim)
         self.norm = nn.LayerNorm(dim)
         for layer in (self.hidden, self.attention, self.residual):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from setemb.modules.dropout import Dropout
 from setemb.modules.linear import Linear, linear_after
 from setemb.modules.slot_attention import Tokens, attend, attend_merged, check_tokens, merge, read_tokens
 
@@ -150,7 +151,7 @@ class SetPrediction(nn.Module):
         self.norm_local = nn.LayerNorm(dim_local)
         self.attention = SlotCrossAttention(dim, dim_local, heads, dim_head)
         self.norm_feedforward = nn.LayerNorm(dim)
-        self.feedforward = nn.Sequential(Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), Linear(4 * dim, dim))
+        self.feedforward = nn.Sequential(Linear(dim, 4 * dim), nn.GELU(), Dropout(dropout), Linear(4 * dim, dim))
         self.norm_last = nn.LayerNorm(dim)
         self.project_global = nn.Identity() if dim_global == dim else Linear(dim_global, dim)
         self.norm_global = nn.LayerNorm(dim)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from setemb.modules.dropout import Dropout
 from setemb.modules.gru import last_states
 from setemb.modules.image import Pooling, RegionEncoder, pool
 from setemb.modules.linear import Linear
@@ -35,7 +36,7 @@ class GRUTextEncoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, dim_word, padding_idx=padding_id)
         self.rnn = nn.GRU(dim_word, dim, batch_first=True, bidirectional=True)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.dim_local, self.dim_global = dim_word, dim
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +103,7 @@ class TransformerTextEncoder(nn.Module):
             pooler.requires_grad_(False)  # not used: over processes, parameters without a gradient are an error
         self.frozen = frozen
         self.project = Linear(self.model.config.hidden_size, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.dim_local, self.dim_global = dim, dim
         self.train(self.training)
 
