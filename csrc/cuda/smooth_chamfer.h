@@ -19,15 +19,10 @@
 
 #include <cstdint>
 
+#include "arithmetic.h"
 #include "stream.h"
 
 namespace setemb::cuda {
-
-// What products are made in; float32 on tensor cores (tf32), or not.
-enum class Arithmetic { kBFloat16, kFloat16, kTf32, kFloat32 };
-struct bfloat16;
-struct float16;
-struct tf32;
 
 constexpr int kGroup = 64;      // rows
 constexpr int kTile = 128;      // rows and columns of a block of threads: two groups each

@@ -1,24 +1,10 @@
 // Scores of 128 x 128 rows of two packed operands, in registers, and which of them a lane holds.
 #pragma once
 
-#include <type_traits>
-
 #include "smooth_chamfer.h"
 #include "warp.h"
 
 namespace setemb::cuda {
-
-// How operands of an arithmetic are stored.
-template <class A>
-struct StorageOf {
-  using type = A;
-};
-template <>
-struct StorageOf<tf32> {
-  using type = float;
-};
-template <class A>
-using Storage = typename StorageOf<A>::type;
 
 // A lane's scores of 64 x 64: [t][u][2 h + e] is of row 16 t + 8 h + lane / 4 and column 8 u + 2 (lane % 4) + e.
 using Scores = float[4][8][4];
@@ -75,7 +61,6 @@ SETEMB_DEVICE int swizzled(int row, int c) { return row * kStepBytes + (c ^ (row
 template <class A>
 struct Multiply {
   static SETEMB_DEVICE void add(Scores& c, const char* x, const char* y) {
-    using Operand = std::conditional_t<std::is_same_v<A, tf32>, float, A>;
     const int lane = lane_index();
     SETEMB_UNROLL
     for (int k = 0; k < kStepBytes / 32; ++k) {
@@ -89,8 +74,8 @@ struct Multiply {
         const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
         SETEMB_UNROLL
         for (int t = 0; t < 4; ++t) {
-          multiply_add<Operand>(c[t][u], a[t], first);
-          multiply_add<Operand>(c[t][u + 1], a[t], second);
+          multiply_add<A>(c[t][u], a[t], first);
+          multiply_add<A>(c[t][u + 1], a[t], second);
         }
       }
     }

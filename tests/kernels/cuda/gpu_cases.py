@@ -157,6 +157,18 @@ def test_tf32(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(here, smooth_chamfer.forward(*inputs))
 
 
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("name", ["mask, shared", "odd sizes", "bias, shared, masked", "D 1031", "many tokens"])
+def test_slot_attention_in_tf32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in slot_cases.CASES if case.name == name)
+    slot_cases.judge_in_tf32(monkeypatch)
+    slot_cases.check(slots, case, torch.float32, DEVICE)
+    inputs = case.build(torch.float32, DEVICE)
+    here, _ = slot_attention.forward(*inputs[:-1])
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert not torch.equal(here, slot_attention.forward(*inputs[:-1])[0])
+
+
 @EACH_DTYPE
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("name", ["paper", "odd sizes", "masks"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from setemb_kernels import _triton, set_triplet_loss
+from setemb_kernels import _cuda, _triton, set_triplet_loss
 from setemb_kernels.ops.smooth_chamfer import cuda as backend
 from setemb_kernels.ops.smooth_chamfer.op import BACKENDS
 from tests.kernels.cuda.emulate import ORDERS, Emulator, compiler, view
@@ -94,7 +94,7 @@ def emulator() -> Emulator:
 @pytest.fixture
 def kernels(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = Kernels(emulator, 0)
-    monkeypatch.setattr(backend, "_kernels", lambda: found)
+    monkeypatch.setattr(_cuda, "kernels", lambda: found)
     return found
 
 
