@@ -29,6 +29,7 @@ constexpr int kTile = 128;      // rows and columns of a block of threads: two g
 constexpr int kStepBytes = 64;  // of one row that a block loads at a time
 constexpr int kStages = 4;      // steps under way
 constexpr int kThreads = 128;   // of a block: a warp for each pair of groups
+constexpr int kBlocksAProcessor = 2;
 constexpr int kTileShared = kStages * 2 * kTile * kStepBytes;
 constexpr int kMaxSlots = 64;
 constexpr int kWeightExponent = 15;  // |W| <= 2^15, whatever the upstream gradient: fits float16

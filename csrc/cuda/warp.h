@@ -173,6 +173,13 @@ SETEMB_DEVICE float opaque(float v) {
   return v;
 }
 
+SETEMB_DEVICE int opaque(int v) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // --- where a thread is
 
 SETEMB_DEVICE int thread_index() {

@@ -434,6 +434,7 @@ inline void check_atomic(void* p, std::size_t bytes) {
   if (b == nullptr || !b->writable) fail(described("atomic", p, bytes) + " is outside all outputs");
 }
 
+inline int processors() { return 1; }  // few, so that blocks have several tiles
 inline int thread_index() { return machine().current; }
 inline int block_index() { return machine().block; }
 inline int block_count() { return machine().blocks; }
