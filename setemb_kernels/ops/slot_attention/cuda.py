@@ -214,8 +214,8 @@ class _Call(NamedTuple):
 
 
 def _delta(grad: Tensor, out: Tensor) -> Tensor:
-    """``grad . out`` in float32. The kernel takes it from ``grad . v``, where grad is rounded in tf32: so it is here, for
-    the two to cancel. (A NaN in grad reaches the difference by the other.)"""
+    """``grad . out`` in float32. The kernel takes it from ``grad . v``, where grad is rounded in tf32: so it is here,
+    for the two to cancel. (A NaN in grad reaches the difference by the other.)"""
     grad = _cuda.rounded_to_tf32(grad) if _cuda.in_tf32(grad.dtype) else grad.float()
     return (grad * out.float()).sum(-1).contiguous()
 

@@ -277,7 +277,7 @@ def test_tf32_rounds_operands_to_the_nearest(kernels: Kernels, monkeypatch: pyte
     assert i.v is not None
     i = i._replace(q=i.q.abs(), k=i.k.abs(), v=i.v.abs())
     monkeypatch.setattr(_triton, "precision", lambda: "tf32")
-    out, total = backend.forward(*i[:-1])
+    out, _ = backend.forward(*i[:-1])
     rounded = i._replace(q=rounded_to_tf32(i.q), k=rounded_to_tf32(i.k), v=rounded_to_tf32(i.v))
     truth, _ = reference.forward(*(t.double() if isinstance(t, Tensor) else t for t in rounded[:-1]))
     assert ((out - truth) / truth).mean().abs() < 2e-5  # weights are rounded, too, which leaves no bias
