@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figure import Bars
+from benchmarks.figure import figure as draw
 from benchmarks.gpu.table import NOT_OURS, PEERS, floor
 
 ROOT = Path(__file__).parent.parent
 FAR = 0.02
 """A result that is further than this from eager's, in relation to it, proves nothing: sixteen roundings to bfloat16."""
-COLOURS = {"product": "#9aa5b1", "triton": "#2f6f9f", "cuda": "#3f8f5f", "eager": "#c9863a", "compiled": "#a8505c"}
-BAR, GAP, LEFT, WIDTH = 11, 14, 380, 960
-MOST = 8.0
-"""Times the product, where a bar ends."""
 
 
 def kernels(root: Path = ROOT) -> list[tuple[str, str]]:
@@ -103,41 +100,11 @@ def _time(ms: float) -> str:
 
 
 def figure(content: dict[str, Any]) -> str:
-    """SVG: of each row a bar for each implementation, as multiples of the products; a line at 1."""
-    rows = [row for row in content["rows"] if "product" in row.get("milliseconds", {})]
-    names = [*_ours(content), *PEERS]
-    scale = (WIDTH - LEFT - 60) / MOST
-    parts, y = [], 44
-    for row in rows:
-        present = [name for name in names if name in row["milliseconds"]]
-        parts.append(f'<text x="{LEFT - 8}" y="{y + BAR}" text-anchor="end">{escape(row["row"])}</text>')
-        for name in present:
-            times = times_product(row, name)
-            width = max(1.0, scale * min(times, MOST))
-            colour = COLOURS.get(name, "#666")
-            parts.append(f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR - 2}" fill="{colour}"/>')
-            parts.append(f'<text class="n" x="{LEFT + width + 4:.1f}" y="{y + BAR - 2}">{times:.2f}</text>')
-            y += BAR
-        y += GAP + (0 if present else BAR)
-    legend, x = [], LEFT
-    for name in names:
-        legend.append(f'<rect x="{x}" y="12" width="10" height="10" fill="{COLOURS.get(name, "#666")}"/>')
-        legend.append(f'<text x="{x + 14}" y="21">{escape(name)}</text>')
-        x += 24 + 8 * len(name)
-    title = escape(f"{content['device']}, {content['date']}: times as multiples of the cuBLAS products'")
-    one = LEFT + scale
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 8}" font-family="sans-serif" '
-            'font-size="11">',
-            f"<title>{title}</title>",
-            "<style>.n{font-size:9px;fill:#555}</style>",
-            f'<rect width="{WIDTH}" height="{y + 8}" fill="#fff"/>',
-            *legend,
-            f'<line x1="{one:.1f}" y1="34" x2="{one:.1f}" y2="{y}" stroke="#9aa5b1" stroke-dasharray="3 3"/>',
-            f'<text class="n" x="{one:.1f}" y="32" text-anchor="middle">the products</text>',
-            *parts,
-            "</svg>",
-            "",
-        ]
-    )
+    """SVG: of each row a bar for each implementation, as multiples of the products."""
+    names, bars = (*_ours(content), *PEERS), []
+    for row in content["rows"]:
+        ms = row.get("milliseconds", {})
+        times = {name: times_product(row, name) for name in names if name in ms} if "product" in ms else {}
+        if times:
+            bars.append(Bars(row["op"], row["name"], times))
+    return draw(f"{content['device']}, {content['date']}: times beside the cuBLAS products of the same operands", bars)

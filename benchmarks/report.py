@@ -1,17 +1,20 @@
 """Writes the README's tables of figures from the files under benchmarks/results, and from nothing else.
 
 python -m benchmarks.report          # print
-python -m benchmarks.report --write  # into README.md, between the markers; figures of GPUs beside the result files
+python -m benchmarks.report --write  # into README.md, between the markers; figures beside the result files
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_report
+from benchmarks.figure import Bars
+from benchmarks.figure import figure as draw
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- figures: made by `python -m benchmarks.report --write` -->", "<!-- end of figures -->"
@@ -51,36 +54,64 @@ def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 def tables(folder: Path = RESULTS) -> str:
     """One table a CPU, of each row the newest figures; then GPUs."""
-    devices: dict[str, list[dict[str, Any]]] = {}
+    cpus, gpus = _by_device(folder)
+    return "".join(_table(contents) for contents in cpus) + gpu_report.section(gpus)
+
+
+def figures(folder: Path = RESULTS) -> list[tuple[Path, str]]:
+    """Files and what belongs into them: a figure of each CPU, and one beside each result file of a GPU."""
+    cpus, gpus = _by_device(folder)
+    found = [(folder / _figure_name(contents), _figure(contents)) for contents in cpus]
+    return found + [((folder / content["file"]).with_suffix(".svg"), gpu_report.figure(content)) for content in gpus]
+
+
+def _by_device(folder: Path) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Of each CPU its files, and those of GPUs."""
+    cpus: dict[str, list[dict[str, Any]]] = {}
     gpus = []
     for content in read(folder):
         if content.get("kind") == "gpu":
             gpus.append(content)
         else:
-            devices.setdefault(content["device"], []).append(content)
-    return "".join(_table(contents) for contents in devices.values()) + gpu_report.section(gpus)
+            cpus.setdefault(content["device"], []).append(content)
+    return list(cpus.values()), gpus
 
 
-def figures(folder: Path = RESULTS) -> list[tuple[Path, str]]:
-    """Files and what belongs into them: a figure beside each result file of a GPU."""
-    gpus = (content for content in read(folder) if content.get("kind") == "gpu")
-    return [((folder / content["file"]).with_suffix(".svg"), gpu_report.figure(content)) for content in gpus]
+def _newest_rows(contents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({(row["op"], row["name"]): row for content in contents for row in content["rows"]}.values())
+
+
+def _figure_name(contents: list[dict[str, Any]]) -> str:
+    """That of the newest file, less the date."""
+    return re.sub(r"(-[0-9]{4}-[0-9]{2}-[0-9]{2})?[.]json$", ".svg", contents[-1]["file"])
+
+
+def _figure(contents: list[dict[str, Any]]) -> str:
+    """SVG of all rows that stand beside plain products."""
+    bars = []
+    for row in _newest_rows(contents):
+        if "milliseconds" in row and "product" in row["floor"]:
+            ms = row["milliseconds"]
+            times = {p: row["ratio"] * (ms[p] / ms["ours"]) for p in ("ours", "eager", "compiled") if p in ms}
+            bars.append(Bars(row["op"], row["name"].removesuffix(" cpu").replace(" cpu, ", ", "), times))
+    return draw(f"{contents[-1]['device']}: times beside the plain products of the same operands", bars)
 
 
 def _table(contents: list[dict[str, Any]]) -> str:
     newest = contents[-1]
-    rows = {(row["op"], row["name"]): row for content in contents for row in content["rows"]}
     cuda = f", CUDA {newest['versions']['cuda']}" if newest["versions"]["cuda"] else ""
     files = ", ".join(f"[{content['date']}](benchmarks/results/{content['file']})" for content in contents)
     lines = [
         "",
         f"**{newest['device']}**, torch {newest['versions']['torch']}{cuda}; all numbers: {files}",
         "",
+        f"![Times beside the plain products](benchmarks/results/{_figure_name(contents)})",
+        "",
         "| | beside, ms | ours, ms | ours / beside | eager / ours | compiled / ours | oneDNN product / ours |",
         "|---|---|---|---|---|---|---|",
     ]
     memory, sections = [], []
-    for row in rows.values():
+    for row in _newest_rows(contents):
         if "batches" in row:
             figures = ", ".join(f"{name} {size:,}" for name, size in row["batches"].items())
             memory.append(f"| {row['op']} {row['name']} | {figures} |")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.report import END, START, tables
+from benchmarks.report import END, START, figures, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 def test_figures_come_from_the_result_files() -> None:
     inside = (ROOT / "README.md").read_text().split(START)[1].split(END)[0].lstrip("\n")
     assert inside == tables().lstrip("\n"), "run `python -m benchmarks.report --write`"
+    for path, figure in figures():
+        assert path.read_text() == figure, "run `python -m benchmarks.report --write`"
 
 
 def test_links_lead_somewhere() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import xml.etree.ElementTree
 from pathlib import Path
@@ -17,13 +18,15 @@ from benchmarks.gpu.rows import rows as gpu_rows
 def run(**changes: Any) -> dict[str, Any]:
     rows = [
         {
-            **{"row": "smooth_chamfer forward", "op": "smooth_chamfer", "operations": 2e9, "bytes": 1e6},
+            **{"row": "smooth_chamfer forward", "op": "smooth_chamfer", "name": "forward"},
+            **{"operations": 2e9, "bytes": 1e6},
             "milliseconds": {"product": 2.0, "triton": 3.0, "cuda": 2.5, "eager": 30.0, "compiled": 12.0}
             | {"product, again": 3.0},
             **{"difference": {"eager": 0.0, "triton": 0.003, "cuda": 0.5}, "failed": {}},
         },
         {
-            **{"row": "slot_attention <forward>", "op": "slot_attention", "operations": 1e6, "bytes": 2e9},
+            **{"row": "slot_attention <forward>", "op": "slot_attention", "name": "<forward>"},
+            **{"operations": 1e6, "bytes": 2e9},
             **{"milliseconds": {"product": 20.0, "triton": 40.0}, "difference": {"triton": None}},
             "failed": {"eager": "out of memory", "cuda": "not built"},
         },
@@ -37,6 +40,20 @@ def run(**changes: Any) -> dict[str, Any]:
         "stages": [{"name": "tests", "status": "ok"}, {"name": "racecheck", "status": "absent", "detail": "not here"}],
     }
     return content | changes
+
+
+def doublings(figure: str) -> list[float]:
+    """How many doublings each bar of a figure stands for, to the left or the right of the products."""
+    ticks = {
+        name: float(x) for x, name in re.findall(r'class="n" x="([0-9.]+)" y="54" text-anchor="middle">(.+?)<', figure)
+    }
+    one = ticks["2"] - ticks["1"]
+    found = []
+    for x, width in re.findall(r'<rect x="([0-9.]+)" y="[0-9]+" width="([0-9.]+)" height="7"', figure):
+        left, right = float(x) - ticks["1"], float(x) + float(width) - ticks["1"]
+        assert min(abs(left), abs(right)) < 0.11  # a bar begins or ends at the products
+        found.append((left if right < 0.11 else right) / one)
+    return found
 
 
 @pytest.fixture
@@ -88,12 +105,35 @@ def test_with_files(tmp_path: Path) -> None:
     assert re.search(rf"!\[.*\]\(benchmarks/results/{path.name}\)", text)
     for svg in (first, figure):
         xml.etree.ElementTree.fromstring(svg)
-    widths = [float(w) for w in re.findall(r'width="([0-9.]+)" height="9"', figure)]
-    assert len(widths) == 5
-    one = (gpu_report.WIDTH - gpu_report.LEFT - 60) / gpu_report.MOST
-    expected = [1.5, 1.25, gpu_report.MOST, 4.0, 2.0]  # triton, cuda, eager (cut), compiled; triton
-    assert widths == pytest.approx([one * times for times in expected], abs=0.1)
-    assert "slot_attention &lt;forward&gt;" in figure
+    assert doublings(figure) == pytest.approx([math.log2(t) for t in (1.5, 1.25, 15, 4, 2)], abs=0.01)
+    assert ">&lt;forward&gt;</text>" in figure
+
+
+def test_figure_of_a_cpu(tmp_path: Path) -> None:
+    """Of each row the newest numbers, ops together; what stands beside no product is left out."""
+
+    def row(op: str, name: str, beside: str, **ms: float) -> dict[str, Any]:
+        ratio = {"ratio": ms["ours"] / ms["floor"]} if ms else {"memory_mib": 3.0}
+        return {"op": op, "name": name, "floor": beside, **ratio} | ({"milliseconds": ms} if ms else {})
+
+    older = [row("a", "one cpu", "product", floor=1, ours=9), row("b", "two cpu", "product in blocks", floor=1, ours=2)]
+    newer = [
+        row("a", "one cpu", "product", floor=4, ours=1, eager=8, compiled=16),
+        row("a", "three & more cpu, both ways", "two products", floor=2, ours=2.5),
+        row("a", "module", "as published", floor=2, ours=1),
+        row("a", "peak", ""),
+    ]
+    for date, rows in (("2026-01-01", older), ("2026-01-02", newer)):
+        content = {"device": "X", "date": date, "versions": {"torch": "2", "cuda": None}, "rows": rows}
+        (tmp_path / f"x-{date}.json").write_text(json.dumps(content))
+    ((path, figure),) = report.figures(tmp_path)
+    assert path == tmp_path / "x.svg"
+    assert f"![Times beside the plain products](benchmarks/results/{path.name})" in report.tables(tmp_path)
+    xml.etree.ElementTree.fromstring(figure)
+    assert doublings(figure) == pytest.approx([-2, 1, 2, math.log2(1.25), 1], abs=0.01)
+    labels = re.findall(r'text-anchor="end">([a-z&; ,]+)</text>', figure)
+    assert labels == ["one", "three &amp; more, both ways", "two"]
+    assert re.findall(r'class="g".*>(.+)</text>', figure) == ["a", "b"]
 
 
 def test_where_the_time_goes(tmp_path: Path) -> None:

@@ -24,6 +24,18 @@ inline void check(cudaError_t status, const char* what) {
 }
 #endif
 
+// Of the current device.
+inline int processors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+  return count;
+#else
+  return emulator::processors();
+#endif
+}
+
 // A kernel takes one struct by value. Blocks and threads have one axis.
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), const Params& params, long blocks, int threads,

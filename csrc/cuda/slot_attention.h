@@ -16,18 +16,10 @@
 
 #include <cstdint>
 
+#include "arithmetic.h"
 #include "stream.h"
 
-namespace setemb::cuda {
-
-struct bfloat16;
-struct float16;
-
-}  // namespace setemb::cuda
-
 namespace setemb::cuda::slots {
-
-enum class DType { kBFloat16, kFloat16, kFloat32 };
 
 constexpr int kTokens = 64;     // that a block of threads works on at a time
 constexpr int kFeatures = 64;   // of a result, of a block of threads
@@ -99,14 +91,14 @@ struct SpreadParams {
   float factor;
 };
 
-// What starts them. Each type (bfloat16, float16 or float) is compiled in a file of its own.
-template <class T>
+// What starts them. Each arithmetic (bfloat16, float16, tf32 or float) is compiled in a file of its own.
+template <class A>
 void launch_weights(const WeightParams& p, Stream stream);
-template <class T>
+template <class A>
 void launch_logit_gradients(const WeightParams& p, Stream stream);
-template <class T>
+template <class A>
 void launch_gather(const GatherParams& p, Stream stream);
-template <class T>
+template <class A>
 void launch_spread(const SpreadParams& p, Stream stream);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

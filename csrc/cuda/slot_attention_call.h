@@ -4,7 +4,6 @@
 #pragma once
 
 #include <optional>
-#include <stdexcept>
 #include <type_traits>
 
 #include "slot_attention.h"
@@ -20,23 +19,9 @@ T* data_of(const std::optional<Tensor>& t) {
   return t.has_value() ? data_of<T>(*t) : nullptr;
 }
 
-// Calls f with a null pointer to the type.
-template <class F>
-void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return f(static_cast<bfloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<float16*>(nullptr));
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-  }
-  throw std::runtime_error("slot_attention: unknown dtype");
-}
-
 template <class Tensor>
-Rows rows_of(const Tensor& t, DType dtype) {
-  const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
+Rows rows_of(const Tensor& t, Arithmetic arithmetic) {
+  const int64_t bytes = arithmetic == Arithmetic::kTf32 || arithmetic == Arithmetic::kFloat32 ? 4 : 2;
   Rows r = {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), static_cast<int>(t.size(3)), 0};
   bool chunked = (r.features == 1 || r.feature == 1) && r.features * bytes % 16 == 0 &&
                  reinterpret_cast<uintptr_t>(r.data) % 16 == 0;
@@ -61,11 +46,11 @@ Sizes sizes_of(const Tensor& weights, int64_t groups, int64_t tokens) {
 template <class Tensor>
 WeightParams weight_params(const Tensor& q, const Tensor& k, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& mask, const Tensor& weights, double scale, double token_eps,
-                           double factor, DType dtype) {
+                           double factor, Arithmetic arithmetic) {
   WeightParams p = {};
   p.sizes = sizes_of(weights, k.size(1), k.size(2));
   p.mask = mask_of(mask);
-  p.q = rows_of(q, dtype), p.k = rows_of(k, dtype);
+  p.q = rows_of(q, arithmetic), p.k = rows_of(k, arithmetic);
   if (bias.has_value()) {
     p.bias = bias->data_ptr();
     p.bias_item = bias->stride(0), p.bias_head = bias->stride(1), p.bias_slot = bias->stride(2);
@@ -81,12 +66,12 @@ WeightParams weight_params(const Tensor& q, const Tensor& k, const std::optional
 
 template <class Tensor>
 void weights(const Tensor& q, const Tensor& k, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-             const Tensor& weights, const Tensor& sums, double scale, double token_eps, double factor, DType dtype,
-             Stream stream) {
-  WeightParams p = weight_params(q, k, bias, mask, weights, scale, token_eps, factor, dtype);
+             const Tensor& weights, const Tensor& sums, double scale, double token_eps, double factor,
+             Arithmetic arithmetic, Stream stream) {
+  WeightParams p = weight_params(q, k, bias, mask, weights, scale, token_eps, factor, arithmetic);
   p.weights = data_of<void>(weights);
   p.sums = data_of<float>(sums);
-  with_type(dtype, [&](auto* t) { launch_weights<std::remove_pointer_t<decltype(t)>>(p, stream); });
+  with_arithmetic(arithmetic, [&](auto* a) { launch_weights<std::remove_pointer_t<decltype(a)>>(p, stream); });
 }
 
 // `weights` and `by_logit` are of one size; one of them is there.
@@ -95,17 +80,17 @@ void logit_gradients(const Tensor& q, const Tensor& k, const Tensor& v, const st
                      const std::optional<Tensor>& mask, const Tensor& grad, const std::optional<Tensor>& delta,
                      const Tensor& total, const std::optional<Tensor>& factors, const std::optional<Tensor>& weights,
                      const std::optional<Tensor>& by_logit, const std::optional<Tensor>& sums, double scale,
-                     double token_eps, double factor, DType dtype, Stream stream) {
+                     double token_eps, double factor, Arithmetic arithmetic, Stream stream) {
   WeightParams p =
-      weight_params(q, k, bias, mask, weights.has_value() ? *weights : *by_logit, scale, token_eps, factor, dtype);
-  p.grad = rows_of(grad, dtype), p.v = rows_of(v, dtype);
+      weight_params(q, k, bias, mask, weights.has_value() ? *weights : *by_logit, scale, token_eps, factor, arithmetic);
+  p.grad = rows_of(grad, arithmetic), p.v = rows_of(v, arithmetic);
   p.delta = data_of<const float>(delta);
   p.total = data_of<const float>(total);
   p.factors = data_of<const float>(factors);
   p.weights = data_of<void>(weights);
   p.by_logit = data_of<void>(by_logit);
   p.sums = data_of<float>(sums);
-  with_type(dtype, [&](auto* t) { launch_logit_gradients<std::remove_pointer_t<decltype(t)>>(p, stream); });
+  with_arithmetic(arithmetic, [&](auto* a) { launch_logit_gradients<std::remove_pointer_t<decltype(a)>>(p, stream); });
 }
 
 // Where there is `partial`, [splits, items * heads * slots, features], a second kernel adds it up.
@@ -113,12 +98,12 @@ template <class Tensor>
 void gather(const Tensor& weights, const Tensor& tokens, const std::optional<Tensor>& mask,
             const std::optional<Tensor>& factors, const std::optional<Tensor>& sums, const Tensor& out,
             const std::optional<Tensor>& total, const std::optional<Tensor>& partial, int64_t split_tokens,
-            double factor, double eps, DType dtype, Stream stream) {
+            double factor, double eps, Arithmetic arithmetic, Stream stream) {
   GatherParams p = {};
   p.sizes = sizes_of(weights, tokens.size(1), tokens.size(2));
   p.mask = mask_of(mask);
   p.weights = data_of<const void>(weights);
-  p.tokens = rows_of(tokens, dtype);
+  p.tokens = rows_of(tokens, arithmetic);
   p.factors = data_of<const float>(factors);
   p.sums = data_of<const float>(sums);
   p.out = data_of<void>(out);
@@ -130,23 +115,24 @@ void gather(const Tensor& weights, const Tensor& tokens, const std::optional<Ten
   p.splits = partial.has_value() ? static_cast<int>(partial->size(0)) : 1;
   p.split_tokens = partial.has_value() ? static_cast<int>(split_tokens) : p.sizes.tokens;
   p.factor = static_cast<float>(factor), p.eps = static_cast<float>(eps);
-  with_type(dtype, [&](auto* t) { launch_gather<std::remove_pointer_t<decltype(t)>>(p, stream); });
+  with_arithmetic(arithmetic, [&](auto* a) { launch_gather<std::remove_pointer_t<decltype(a)>>(p, stream); });
 }
 
 template <class Tensor>
 void spread(const Tensor& weights, const Tensor& slots, const std::optional<Tensor>& mask,
-            const std::optional<Tensor>& factors, const Tensor& out, double factor, DType dtype, Stream stream) {
+            const std::optional<Tensor>& factors, const Tensor& out, double factor, Arithmetic arithmetic,
+            Stream stream) {
   SpreadParams p = {};
   p.sizes = sizes_of(weights, out.size(1), out.size(2));
   p.mask = mask_of(mask);
   p.weights = data_of<const void>(weights);
-  p.slots = rows_of(slots, dtype);
+  p.slots = rows_of(slots, arithmetic);
   p.factors = data_of<const float>(factors);
   p.out = data_of<void>(out);
   p.token_blocks = static_cast<int>(ceil_div(p.sizes.tokens, kTokens));
   p.feature_blocks = static_cast<int>(ceil_div(p.slots.features, kFeatures));
   p.factor = static_cast<float>(factor);
-  with_type(dtype, [&](auto* t) { launch_spread<std::remove_pointer_t<decltype(t)>>(p, stream); });
+  with_arithmetic(arithmetic, [&](auto* a) { launch_spread<std::remove_pointer_t<decltype(a)>>(p, stream); });
 }
 
 }  // namespace setemb::cuda::slots

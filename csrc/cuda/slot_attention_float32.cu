@@ -1,4 +1,4 @@
-// The kernels of one type.
+// The kernels of one arithmetic.
 #include "slot_attention_launch.h"
 
 namespace setemb::cuda::slots {

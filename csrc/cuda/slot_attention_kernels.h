@@ -53,9 +53,10 @@ SETEMB_DEVICE WeightBlock weight_block(const WeightParams& p) {
 }
 
 // rows . tokens of a block, [16 MT, 64], into `products` in shared memory, [.., kPitch].
-template <class T, int MT>
+template <class A, int MT>
 SETEMB_DEVICE void products_of_block(const WeightParams& p, const WeightBlock& b, const Rows& rows, const Rows& tokens,
                                      float* products) {
+  using T = Storage<A>;
   constexpr int kTile = (16 * MT + kTokens) * kStepBytes;
   char* shared = shared_memory();
   const int chunk = thread_index() % 4, first = thread_index() / 4;
@@ -94,7 +95,7 @@ SETEMB_DEVICE void products_of_block(const WeightParams& p, const WeightBlock& b
            },
            [&](int stage) {
              const char* from = shared + stage * kTile;
-             add_narrow_narrow<T>(c, from, from + 16 * MT * kStepBytes);
+             add_narrow_narrow<A>(c, from, from + 16 * MT * kStepBytes);
            });
   struct alignas(8) Two {
     float value[2];
@@ -114,9 +115,10 @@ template <int MT, bool backward>
 constexpr int kWeightsShared = kWeightsTiles<MT, backward> + 3 * kMaxSlots * 4;
 
 // W, or in the backward W / total and dz, of a block of heads and kTokens tokens.
-template <class T, int MT, bool backward>
+template <class A, int MT, bool backward>
 SETEMB_KERNEL(kThreads, 1)
 weights_kernel(WeightParams p) {
+  using T = Storage<A>;
   constexpr float kLog2e = 1.4426950408889634f;
   const WeightBlock b = weight_block(p);
   const int K = p.sizes.slots, thread = thread_index();
@@ -140,8 +142,8 @@ weights_kernel(WeightParams p) {
       store(divisor + thread, divisor_of(load(p.total + first_row + thread)));
     }
   }
-  products_of_block<T, MT>(p, b, p.q, p.k, logits);
-  if (backward && p.by_logit != nullptr) products_of_block<T, MT>(p, b, p.grad, p.v, by_weight);
+  products_of_block<A, MT>(p, b, p.q, p.k, logits);
+  if (backward && p.by_logit != nullptr) products_of_block<A, MT>(p, b, p.grad, p.v, by_weight);
 
   const float scale = p.scale * kLog2e;
   const float over_factor = 1.0f / p.factor;
@@ -170,7 +172,7 @@ weights_kernel(WeightParams p) {
     if constexpr (!backward) {
       for (int k = 0; k < K; ++k) {
         const float w = valid ? (load(z + k * kPitch) * inverse + p.token_eps) * p.factor : 0.0f;
-        const T rounded = from_float<T>(w);
+        const T rounded = operand_of<A>(w);
         store(static_cast<T*>(p.weights) + target + static_cast<int64_t>(k) * p.sizes.padded, rounded);
         // sums of the rounded weights, so that their quotient with those of weighted values is a mean
         store(z + k * kPitch, to_float(rounded) * over_factor);
@@ -181,7 +183,7 @@ weights_kernel(WeightParams p) {
         const float a = load(z + k * kPitch) * inverse, by = load(divisor + row + k);
         if (p.weights != nullptr) {
           const float w = valid ? (a + p.token_eps) / by * p.factor : 0.0f;
-          store(static_cast<T*>(p.weights) + target + static_cast<int64_t>(k) * p.sizes.padded, from_float<T>(w));
+          store(static_cast<T*>(p.weights) + target + static_cast<int64_t>(k) * p.sizes.padded, operand_of<A>(w));
         }
         if (p.by_logit != nullptr) {
           // A / total is at most 1, whereas grad / total may leave the range of 16 bits
@@ -196,7 +198,7 @@ weights_kernel(WeightParams p) {
           const float dz = valid ? load(u + k * kPitch) - a * inner : 0.0f;
           store(u + k * kPitch, dz);
           store(static_cast<T*>(p.by_logit) + target + static_cast<int64_t>(k) * p.sizes.padded,
-                from_float<T>(dz / item_factor));
+                operand_of<A>(dz / item_factor));
         }
       }
     }
@@ -227,9 +229,10 @@ template <class T, int MT>
 constexpr int kGatherShared = kStages * kGatherTile<T, MT> + 16 * MT * 4;
 
 // 16 MT rows of the slots of an item, kFeatures features, a part of the tokens.
-template <class T, int MT>
+template <class A, int MT>
 SETEMB_KERNEL(kThreads, 1)
 gather_kernel(GatherParams p) {
+  using T = Storage<A>;
   constexpr int kTile = kGatherTile<T, MT>;
   constexpr int kChunks = 64 / kChunk<T>;  // of a row of a wide tile
   char* shared = shared_memory();
@@ -274,7 +277,7 @@ gather_kernel(GatherParams p) {
            },
            [&](int stage) {
              const char* from = shared + stage * kTile;
-             add_narrow_wide<T>(c, from, from + 16 * MT * kStepBytes);
+             add_narrow_wide<A>(c, from, from + 16 * MT * kStepBytes);
            });
 
   const bool is_mean = p.total != nullptr && p.partial == nullptr;
@@ -306,9 +309,10 @@ gather_kernel(GatherParams p) {
 }
 
 // The sums over all splits: a warp for each row.
-template <class T>
+template <class A>
 SETEMB_KERNEL(kThreads, 1)
 combine_kernel(GatherParams p) {
+  using T = Storage<A>;
   const int heads = p.sizes.groups * p.sizes.heads;
   const int64_t rows = static_cast<int64_t>(p.sizes.items) * heads * p.sizes.slots;
   const int64_t row = static_cast<int64_t>(block_index()) * (kThreads / kWarp) + warp_index();
@@ -337,9 +341,10 @@ template <class T>
 constexpr int kSpreadShared = kStages * 2 * kWideTile<T>;
 
 // kTokens tokens of an item, kFeatures features.
-template <class T>
+template <class A>
 SETEMB_KERNEL(kThreads, 1)
 spread_kernel(SpreadParams p) {
+  using T = Storage<A>;
   constexpr int kChunks = 64 / kChunk<T>;
   char* shared = shared_memory();
   const int thread = thread_index(), rows = p.sizes.heads * p.sizes.slots;
@@ -372,7 +377,7 @@ spread_kernel(SpreadParams p) {
            },
            [&](int stage) {
              const char* from = shared + stage * 2 * kWideTile<T>;
-             add_wide_wide<T>(c, from, from + kWideTile<T>);
+             add_wide_wide<A>(c, from, from + kWideTile<T>);
            });
 
   const float factor = p.factor * (p.factors == nullptr ? 1.0f : load(p.factors + item));

@@ -1,8 +1,12 @@
-// Tiles of rows in shared memory, and products of two of them. T is bfloat16 or float16 (tensor cores) or float (none).
+// Tiles of rows in shared memory, and products of two of them. The arithmetic A is bfloat16, float16 or tf32 (tensor
+// cores) or float (none), and T = Storage<A>.
 //
 // *Narrow* tiles hold kStepBytes of a row along the summed axis; *wide* tiles hold 64 numbers of each row, and the
-// summed axis runs over rows. Both are swizzled so that eight rows of ldmatrix lie in different banks.
+// summed axis runs over rows. Both are swizzled so that what a warp reads at once lies in different banks: eight rows
+// of ldmatrix; of a wide tile of floats, which ldmatrix does not transpose, 8 neighbours of each of four rows.
 #pragma once
+
+#include <type_traits>
 
 #include "slot_attention.h"
 #include "warp.h"
@@ -21,7 +25,26 @@ constexpr int kWideTile = kStep<T> * kWideBytes<T>;
 SETEMB_DEVICE int narrow(int row, int chunk) { return row * kStepBytes + (chunk ^ (row >> 1 & 3)) * 16; }
 template <class T>
 SETEMB_DEVICE int wide(int row, int chunk) {
-  return row * kWideBytes<T> + (chunk ^ (row & 7)) * 16;
+  return row * kWideBytes<T> + (chunk ^ (sizeof(T) == 4 ? 2 * (row & 3) : row & 7)) * 16;
+}
+
+// v as an operand of products.
+template <class A>
+SETEMB_DEVICE Storage<A> operand_of(float v) {
+  if constexpr (std::is_same_v<A, tf32>) {
+    return float_of(to_tf32(v));
+  } else {
+    return from_float<A>(v);
+  }
+}
+
+// Rounds words that came as they are in memory, where the tensor cores would cut bits off.
+template <class A>
+SETEMB_DEVICE void round_words(uint32_t (&words)[4]) {
+  if constexpr (std::is_same_v<A, tf32>) {
+    SETEMB_UNROLL
+    for (int i = 0; i < 4; ++i) words[i] = to_tf32(float_of(words[i]));
+  }
 }
 
 SETEMB_DEVICE float warp_sum(float v) {
@@ -110,7 +133,7 @@ struct Sums {
 };
 
 // One step more. `a(row, k)` and `b(k, column)` say where a number lies, for float; the others are fragments.
-template <class T, int MT, int NT, class LoadA, class LoadB>
+template <class A, int MT, int NT, class LoadA, class LoadB>
 SETEMB_DEVICE void add_on_tensor_cores(Sums<MT, NT>& c, const LoadA& load_a, const LoadB& load_b) {
   SETEMB_UNROLL
   for (int k = 0; k < kStepBytes / 32; ++k) {
@@ -124,8 +147,8 @@ SETEMB_DEVICE void add_on_tensor_cores(Sums<MT, NT>& c, const LoadA& load_a, con
       const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
       SETEMB_UNROLL
       for (int t = 0; t < MT; ++t) {
-        multiply_add<T>(c.v[t][u], a[t], first);
-        multiply_add<T>(c.v[t][u + 1], a[t], second);
+        multiply_add<A>(c.v[t][u], a[t], first);
+        multiply_add<A>(c.v[t][u + 1], a[t], second);
       }
     }
   }
@@ -164,59 +187,83 @@ SETEMB_DEVICE const float* wide_float(const char* tile, int row, int column) {
   return reinterpret_cast<const float*>(tile + wide<float>(row, column / 4)) + column % 4;
 }
 
+// Words of a product that lie in a tile: those of its 8 words along the summed axis from word 8 k on.
+//
+// Of a narrow tile: 16 rows from `row` on, as `a`; or, as two `b`, of rows 0 ... 7 and 8 ... 15.
+SETEMB_DEVICE void narrow_a(uint32_t (&a)[4], const char* tile, int row, int k) {
+  load_matrices(a, tile + narrow(row + lane_index() % 16, 2 * k + lane_index() / 16));
+}
+SETEMB_DEVICE void narrow_b(uint32_t (&b)[4], const char* tile, int row, int k) {
+  const int lane = lane_index();
+  load_matrices(b, tile + narrow(row + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+}
+// Of a wide tile, transposed: 16 columns from `column` on.
+SETEMB_DEVICE uint32_t wide_word(const char* tile, int row, int column) {
+  return load_together(reinterpret_cast<const uint32_t*>(tile + wide<float>(row, column / 4)) + column % 4);
+}
+template <class A>
+SETEMB_DEVICE void wide_a(uint32_t (&a)[4], const char* tile, int column, int k) {
+  const int lane = lane_index();
+  if constexpr (std::is_same_v<A, tf32>) {
+    SETEMB_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] = wide_word(tile, 8 * k + lane % 4 + i / 2 * 4, column + lane / 4 + i % 2 * 8);
+  } else {
+    load_matrices_transposed(a, tile + wide<A>(16 * k + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+  }
+}
+template <class A>
+SETEMB_DEVICE void wide_b(uint32_t (&b)[4], const char* tile, int column, int k) {
+  const int lane = lane_index();
+  if constexpr (std::is_same_v<A, tf32>) {
+    SETEMB_UNROLL
+    for (int i = 0; i < 4; ++i) b[i] = wide_word(tile, 8 * k + lane % 4 + i % 2 * 4, column + lane / 4 + i / 2 * 8);
+  } else {
+    load_matrices_transposed(b, tile + wide<A>(16 * k + lane % 16, column / 8 + lane / 16));
+  }
+}
+
 // rows [16 MT] . columns [16 of this warp], both narrow.
-template <class T, int MT>
+template <class A, int MT>
 SETEMB_DEVICE void add_narrow_narrow(Sums<MT, 2>& c, const char* rows, const char* columns) {
-  const int lane = lane_index(), first = 16 * warp_index();
-  if constexpr (sizeof(T) == 4) {
+  const int first = 16 * warp_index();
+  if constexpr (std::is_same_v<A, float>) {
     add_in_float(
         c, [&](int row, int k) { return narrow_float(rows, row, k); },
         [&](int k, int column) { return narrow_float(columns, first + column, k); });
   } else {
-    add_on_tensor_cores<T>(
-        c,
-        [&](uint32_t (&a)[4], int t, int k) { load_matrices(a, rows + narrow(16 * t + lane % 16, 2 * k + lane / 16)); },
-        [&](uint32_t (&b)[4], int, int k) {
-          load_matrices(b, columns + narrow(first + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-        });
+    add_on_tensor_cores<A>(
+        c, [&](uint32_t (&a)[4], int t, int k) { narrow_a(a, rows, 16 * t, k), round_words<A>(a); },
+        [&](uint32_t (&b)[4], int, int k) { narrow_b(b, columns, first, k), round_words<A>(b); });
   }
 }
 
-// narrow rows [16 MT] times the 16 columns of this warp of a wide tile.
-template <class T, int MT>
+// narrow rows [16 MT] of weights times the 16 columns of this warp of a wide tile.
+template <class A, int MT>
 SETEMB_DEVICE void add_narrow_wide(Sums<MT, 2>& c, const char* rows, const char* columns) {
-  const int lane = lane_index(), warp = warp_index();
-  if constexpr (sizeof(T) == 4) {
+  const int first = 16 * warp_index();
+  if constexpr (std::is_same_v<A, float>) {
     add_in_float(
         c, [&](int row, int k) { return narrow_float(rows, row, k); },
-        [&](int k, int column) { return wide_float(columns, k, 16 * warp + column); });
+        [&](int k, int column) { return wide_float(columns, k, first + column); });
   } else {
-    add_on_tensor_cores<T>(
-        c,
-        [&](uint32_t (&a)[4], int t, int k) { load_matrices(a, rows + narrow(16 * t + lane % 16, 2 * k + lane / 16)); },
-        [&](uint32_t (&b)[4], int, int k) {
-          load_matrices_transposed(b, columns + wide<T>(16 * k + lane % 16, 2 * warp + lane / 16));
-        });
+    add_on_tensor_cores<A>(
+        c, [&](uint32_t (&a)[4], int t, int k) { narrow_a(a, rows, 16 * t, k); },  // weights were rounded
+        [&](uint32_t (&b)[4], int, int k) { wide_b<A>(b, columns, first, k), round_words<A>(b); });
   }
 }
 
-// The 16 columns of this warp of one wide tile, transposed, times the 64 columns of another.
-template <class T>
+// The 16 columns of this warp of one wide tile, of weights, transposed, times the 64 columns of another.
+template <class A>
 SETEMB_DEVICE void add_wide_wide(Sums<1, 8>& c, const char* rows, const char* columns) {
-  const int lane = lane_index(), warp = warp_index();
-  if constexpr (sizeof(T) == 4) {
+  const int first = 16 * warp_index();
+  if constexpr (std::is_same_v<A, float>) {
     add_in_float(
-        c, [&](int row, int k) { return wide_float(rows, k, 16 * warp + row); },
+        c, [&](int row, int k) { return wide_float(rows, k, first + row); },
         [&](int k, int column) { return wide_float(columns, k, column); });
   } else {
-    add_on_tensor_cores<T>(
-        c,
-        [&](uint32_t (&a)[4], int, int k) {
-          load_matrices_transposed(a, rows + wide<T>(16 * k + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
-        },
-        [&](uint32_t (&b)[4], int u, int k) {
-          load_matrices_transposed(b, columns + wide<T>(16 * k + lane % 16, u + lane / 16));
-        });
+    add_on_tensor_cores<A>(
+        c, [&](uint32_t (&a)[4], int, int k) { wide_a<A>(a, rows, first, k); },  // weights were rounded
+        [&](uint32_t (&b)[4], int u, int k) { wide_b<A>(b, columns, 8 * u, k), round_words<A>(b); });
   }
 }
 

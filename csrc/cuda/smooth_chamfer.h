@@ -19,21 +19,17 @@
 
 #include <cstdint>
 
+#include "arithmetic.h"
 #include "stream.h"
 
 namespace setemb::cuda {
-
-// What products are made in; float32 on tensor cores (tf32), or not.
-enum class Arithmetic { kBFloat16, kFloat16, kTf32, kFloat32 };
-struct bfloat16;
-struct float16;
-struct tf32;
 
 constexpr int kGroup = 64;      // rows
 constexpr int kTile = 128;      // rows and columns of a block of threads: two groups each
 constexpr int kStepBytes = 64;  // of one row that a block loads at a time
 constexpr int kStages = 4;      // steps under way
 constexpr int kThreads = 128;   // of a block: a warp for each pair of groups
+constexpr int kBlocksAProcessor = 2;
 constexpr int kTileShared = kStages * 2 * kTile * kStepBytes;
 constexpr int kMaxSlots = 64;
 constexpr int kWeightExponent = 15;  // |W| <= 2^15, whatever the upstream gradient: fits float16

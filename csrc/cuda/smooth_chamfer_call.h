@@ -5,7 +5,6 @@
 
 #include <limits>
 #include <optional>
-#include <stdexcept>
 #include <type_traits>
 
 #include "smooth_chamfer.h"
@@ -82,22 +81,6 @@ void unpack(const Tensor& sums, const std::optional<Tensor>& mask, const Tensor&
   p.K = static_cast<int>(out.size(1)), p.D = static_cast<int>(out.size(2));
   p.slots = static_cast<int>(slots), p.features = static_cast<int>(sums.size(1));
   launch_unpack(arithmetic, p, stream);
-}
-
-// Calls f with a null pointer to the type of an arithmetic.
-template <class F>
-void with_arithmetic(Arithmetic arithmetic, const F& f) {
-  switch (arithmetic) {
-    case Arithmetic::kBFloat16:
-      return f(static_cast<bfloat16*>(nullptr));
-    case Arithmetic::kFloat16:
-      return f(static_cast<float16*>(nullptr));
-    case Arithmetic::kTf32:
-      return f(static_cast<tf32*>(nullptr));
-    case Arithmetic::kFloat32:
-      return f(static_cast<float*>(nullptr));
-  }
-  throw std::runtime_error("smooth_chamfer: unknown arithmetic");
 }
 
 template <class Tensor>

@@ -243,17 +243,16 @@ SETEMB_DEVICE void store_similarities(Scores& c, const Pair<SX, SY>& pair, const
   }
 }
 
-// A block of threads makes one tile. Two of them share a processor: one takes exponentials while the other multiplies.
+// Two blocks of threads share a processor: one takes exponentials, while the other multiplies and its own next operands
+// are on their way.
 template <class A, int SX, int SY>
-SETEMB_KERNEL(kThreads, 2)
+SETEMB_KERNEL(kThreads, kBlocksAProcessor)
 forward_kernel(ForwardParams p) {
-  const TilePosition tile = tile_position(block_index(), p.tile.x.groups / 2, p.tile.y.groups / 2);
-  Scores c;
-  make_scores<A>(c, p.tile, static_cast<int64_t>(tile.row) * kTile, static_cast<int64_t>(tile.column) * kTile);
-  const Pair<SX, SY> pair{p.tile, 2 * tile.row + warp_index() / 2, 2 * tile.column + warp_index() % 2,
-                          sharpness(p.tile)};
-  drop_invalid(c, pair);
-  store_similarities<Storage<A>>(c, pair, p);
+  for_tiles<A, kSeveralTiles<A, SX, SY>>(p.tile, all_tiles(p.tile), [&](Scores& c, int x_group, int y_group) {
+    const Pair<SX, SY> pair{p.tile, x_group, y_group, sharpness(p.tile)};
+    drop_invalid(c, pair);
+    store_similarities<Storage<A>>(c, pair, p);
+  });
 }
 
 // --- the most similar negative of each set
@@ -277,16 +276,9 @@ SETEMB_DEVICE Key larger_over_lanes(Key v, int lanes) {
 SETEMB_DEVICE int64_t id_of(const int64_t* ids, int64_t i) { return ids == nullptr ? i : load(ids + i); }
 
 // Keys by atomic maxima, which do not depend on the order of blocks. A similarity that is NaN takes no part.
-template <class A, int SX, int SY>
-SETEMB_KERNEL(kThreads, 2)
-hardest_kernel(HardestParams p) {
+template <int SX, int SY>
+SETEMB_DEVICE void keep_hardest(Scores& c, const Pair<SX, SY>& pair, const HardestParams& p) {
   using B = Block<SX, SY>;
-  const TilePosition tile = tile_position(block_index(), p.tile.x.groups / 2, p.tile.y.groups / 2);
-  Scores c;
-  make_scores<A>(c, p.tile, static_cast<int64_t>(tile.row) * kTile, static_cast<int64_t>(tile.column) * kTile);
-  const Pair<SX, SY> pair{p.tile, 2 * tile.row + warp_index() / 2, 2 * tile.column + warp_index() % 2,
-                          sharpness(p.tile)};
-  drop_invalid(c, pair);
   const bool bounded = pair.is_bounded();
   // similarities where the first scores of their pairs were; then in order, 0 for what takes no part
   SETEMB_UNROLL
@@ -335,6 +327,16 @@ hardest_kernel(HardestParams p) {
     key = larger_over_lanes(larger_over_lanes(larger_over_lanes(key, 4), 8), 16);
     if (key != 0 && lane_index() / 4 == 0 && B::Y::is_first()) atomic_max(p.y_best + pair.y_set(j), key);
   }
+}
+
+template <class A, int SX, int SY>
+SETEMB_KERNEL(kThreads, kBlocksAProcessor)
+hardest_kernel(HardestParams p) {
+  for_tiles<A, kSeveralTiles<A, SX, SY>>(p.tile, all_tiles(p.tile), [&](Scores& c, int x_group, int y_group) {
+    const Pair<SX, SY> pair{p.tile, x_group, y_group, sharpness(p.tile)};
+    drop_invalid(c, pair);
+    keep_hardest(c, pair, p);
+  });
 }
 
 // --- backward
@@ -476,27 +478,26 @@ SETEMB_DEVICE void store_weights(Scores& c, T* chunk, int64_t width) {
 }
 
 template <class A, int SX, int SY>
-SETEMB_KERNEL(kThreads, 2)
+SETEMB_KERNEL(kThreads, kBlocksAProcessor)
 weights_kernel(WeightParams p) {
   using T = Storage<A>;
-  const TilePosition tile = tile_position(block_index(), p.x_groups / 2, p.y_groups / 2);
-  const int x_group = 2 * tile.row + warp_index() / 2, y_group = 2 * tile.column + warp_index() % 2;  // of the chunk
-  const Pair<SX, SY> pair{p.tile, p.x_first + x_group, p.y_first + y_group, sharpness(p.tile)};
-  Scores c;
-  make_scores<A>(c, p.tile, static_cast<int64_t>(p.x_first + 2 * tile.row) * kGroup,
-                 static_cast<int64_t>(p.y_first + 2 * tile.column) * kGroup);
-  drop_invalid(c, pair);
-  const float alpha_part = make_weights<T>(c, pair, p);
-  if (p.alpha_parts != nullptr) {
-    const float sum = warp_sum(alpha_part);
-    if (lane_index() == 0) {
-      store(p.alpha_parts + static_cast<int64_t>(pair.x_group) * p.tile.y.groups + pair.y_group, sum);
-    }
-  }
-  if (p.chunk != nullptr) {
-    const int64_t width = static_cast<int64_t>(p.y_groups) * kGroup;
-    store_weights(c, static_cast<T*>(p.chunk) + x_group * kGroup * width + y_group * kGroup, width);
-  }
+  const Tiles tiles{p.x_groups / 2, p.y_groups / 2, p.x_first, p.y_first};
+  for_tiles<A, kSeveralTiles<A, SX, SY>>(
+      p.tile, tiles, [&](Scores& c, int x_group, int y_group) {  // groups of the chunk
+        const Pair<SX, SY> pair{p.tile, p.x_first + x_group, p.y_first + y_group, sharpness(p.tile)};
+        drop_invalid(c, pair);
+        const float alpha_part = make_weights<T>(c, pair, p);
+        if (p.alpha_parts != nullptr) {
+          const float sum = warp_sum(alpha_part);
+          if (lane_index() == 0) {
+            store(p.alpha_parts + static_cast<int64_t>(pair.x_group) * p.tile.y.groups + pair.y_group, sum);
+          }
+        }
+        if (p.chunk != nullptr) {
+          const int64_t width = static_cast<int64_t>(p.y_groups) * kGroup;
+          store_weights(c, static_cast<T*>(p.chunk) + x_group * kGroup * width + y_group * kGroup, width);
+        }
+      });
 }
 
 }  // namespace setemb::cuda

@@ -47,13 +47,19 @@ void with_both_slots(int x_slots, int y_slots, const F& f) {
   });
 }
 
-inline int64_t tiles(int64_t x_groups, int64_t y_groups) { return x_groups / 2 * (y_groups / 2); }
+// Of a kernel that makes the tiles of so many groups: see for_tiles.
+template <class A, int SX, int SY>
+int64_t blocks_of_tiles(int64_t x_groups, int64_t y_groups) {
+  const int64_t tiles = x_groups / 2 * (y_groups / 2), at_once = int64_t{kBlocksAProcessor} * processors();
+  if (tiles > 0x7fffffff - at_once) throw std::runtime_error("smooth_chamfer: too many tiles");
+  return kSeveralTiles<A, SX, SY> && at_once < tiles ? at_once : tiles;
+}
 
 template <class A>
 void launch_forward(const ForwardParams& p, int x_slots, int y_slots, Stream stream) {
   with_both_slots(x_slots, y_slots, [&](auto x, auto y) {
-    launch("smooth_chamfer forward", forward_kernel<A, x(), y()>, p, tiles(p.tile.x.groups, p.tile.y.groups), kThreads,
-           kTileShared, stream);
+    launch("smooth_chamfer forward", forward_kernel<A, x(), y()>, p,
+           blocks_of_tiles<A, x(), y()>(p.tile.x.groups, p.tile.y.groups), kThreads, kTileShared, stream);
   });
 }
 
@@ -63,8 +69,8 @@ void launch_hardest(const HardestParams& p, int x_slots, int y_slots, Stream str
     if constexpr (x() == 1) {  // would need more registers than there are
       throw std::runtime_error("smooth_chamfer: no kernel for the hardest negatives of sets of 1 slot");
     } else {
-      launch("smooth_chamfer hardest", hardest_kernel<A, x(), y()>, p, tiles(p.tile.x.groups, p.tile.y.groups),
-             kThreads, kTileShared, stream);
+      launch("smooth_chamfer hardest", hardest_kernel<A, x(), y()>, p,
+             blocks_of_tiles<A, x(), y()>(p.tile.x.groups, p.tile.y.groups), kThreads, kTileShared, stream);
     }
   });
 }
@@ -72,8 +78,8 @@ void launch_hardest(const HardestParams& p, int x_slots, int y_slots, Stream str
 template <class A>
 void launch_weights(const WeightParams& p, int x_slots, int y_slots, Stream stream) {
   with_both_slots(x_slots, y_slots, [&](auto x, auto y) {
-    launch("smooth_chamfer weights", weights_kernel<A, x(), y()>, p, tiles(p.x_groups, p.y_groups), kThreads,
-           kTileShared, stream);
+    launch("smooth_chamfer weights", weights_kernel<A, x(), y()>, p,
+           blocks_of_tiles<A, x(), y()>(p.x_groups, p.y_groups), kThreads, kTileShared, stream);
   });
 }
 

@@ -8,18 +8,6 @@
 
 namespace setemb::cuda {
 
-// How operands of an arithmetic are stored.
-template <class A>
-struct StorageOf {
-  using type = A;
-};
-template <>
-struct StorageOf<tf32> {
-  using type = float;
-};
-template <class A>
-using Storage = typename StorageOf<A>::type;
-
 // A lane's scores of 64 x 64: [t][u][2 h + e] is of row 16 t + 8 h + lane / 4 and column 8 u + 2 (lane % 4) + e.
 using Scores = float[4][8][4];
 
@@ -74,9 +62,7 @@ SETEMB_DEVICE int swizzled(int row, int c) { return row * kStepBytes + (c ^ (row
 // 64 x 64 scores more, over one step of features: tensor cores.
 template <class A>
 struct Multiply {
-  static SETEMB_DEVICE void add(Scores& c, const char* x, const char* y) {
-    using Operand = std::conditional_t<std::is_same_v<A, tf32>, float, A>;
-    const int lane = lane_index();
+  static SETEMB_DEVICE void add(Scores& c, const char* x, const char* y, int lane) {
     SETEMB_UNROLL
     for (int k = 0; k < kStepBytes / 32; ++k) {
       uint32_t a[4][4];
@@ -89,8 +75,8 @@ struct Multiply {
         const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
         SETEMB_UNROLL
         for (int t = 0; t < 4; ++t) {
-          multiply_add<Operand>(c[t][u], a[t], first);
-          multiply_add<Operand>(c[t][u + 1], a[t], second);
+          multiply_add<A>(c[t][u], a[t], first);
+          multiply_add<A>(c[t][u + 1], a[t], second);
         }
       }
     }
@@ -103,8 +89,8 @@ struct Multiply<float> {
   struct alignas(8) Two {
     float v[2];
   };
-  static SETEMB_DEVICE void add(Scores& c, const char* x, const char* y) {
-    const int g = lane_index() / 4, q = lane_index() % 4;
+  static SETEMB_DEVICE void add(Scores& c, const char* x, const char* y, int lane) {
+    const int g = lane / 4, q = lane % 4;
     SETEMB_NO_UNROLL
     for (int k = 0; k < kStepBytes / 8; ++k) {
       Two a[8];
@@ -126,50 +112,14 @@ struct Multiply<float> {
   }
 };
 
-// Scores of this warp's groups; x_row and y_row are the first rows of the block's tile.
-template <class A>
-SETEMB_DEVICE void make_scores(Scores& c, const TileParams& p, int64_t x_row, int64_t y_row) {
-  const int thread = thread_index();
-  char* shared = shared_memory();
-  const int64_t row_bytes = static_cast<int64_t>(p.features) * static_cast<int>(sizeof(Storage<A>));
-  const int steps = static_cast<int>(row_bytes / kStepBytes);
-  const char* x = static_cast<const char*>(p.x.rows) + x_row * row_bytes;
-  const char* y = static_cast<const char*>(p.y.rows) + y_row * row_bytes;
+// All tiles of a launch: of two operands, or of a chunk of them.
+struct Tiles {
+  int rows, columns;     // tiles
+  int x_first, y_first;  // first group
+  SETEMB_DEVICE int count() const { return rows * columns; }
+};
 
-  const auto start = [&](int step) {
-    if (step < steps) {
-      char* target = shared + step % kStages * (2 * kTile * kStepBytes);
-      SETEMB_UNROLL
-      for (int i = 0; i < kTile * 4 / kThreads; ++i) {
-        const int row = (thread + i * kThreads) / 4, chunk = thread % 4;
-        const int64_t source = row * row_bytes + step * kStepBytes + chunk * 16;
-        copy_async(target + swizzled(row, chunk), x + source);
-        copy_async(target + kTile * kStepBytes + swizzled(row, chunk), y + source);
-      }
-    }
-    copy_commit();
-  };
-  SETEMB_UNROLL
-  for (int t = 0; t < 4; ++t) {
-    SETEMB_UNROLL
-    for (int u = 0; u < 8; ++u) {
-      SETEMB_UNROLL
-      for (int i = 0; i < 4; ++i) c[t][u][i] = 0;
-    }
-  }
-  SETEMB_UNROLL
-  for (int step = 0; step < kStages - 1; ++step) start(step);
-  SETEMB_NO_UNROLL
-  for (int step = 0; step < steps; ++step) {
-    copy_wait<kStages - 2>();
-    sync_threads();             // what was copied is there, and the oldest step has been read by all
-    start(step + kStages - 1);  // in its place
-    const char* from = shared + step % kStages * (2 * kTile * kStepBytes);
-    Multiply<A>::add(c, from + warp_index() / 2 * kGroup * kStepBytes,
-                     from + (kTile + warp_index() % 2 * kGroup) * kStepBytes);
-  }
-  copy_wait<0>();
-}
+SETEMB_DEVICE Tiles all_tiles(const TileParams& p) { return {p.x.groups / 2, p.y.groups / 2, 0, 0}; }
 
 // Row and column of a tile: down eight tiles before one to the right, to find operands in the cache.
 struct TilePosition {
@@ -182,6 +132,88 @@ SETEMB_DEVICE TilePosition tile_position(int tile, int rows, int columns) {
   const int height = left < kBand ? left : kBand;
   const int within = tile - band * kBand * columns;
   return {band * kBand + within % height, within / height};
+}
+
+// Starts to copy one step of a tile's operands; x and y are its first rows.
+template <class A>
+SETEMB_DEVICE void start_step(const TileParams& p, const char* x, const char* y, int step, int steps, int thread) {
+  const int64_t row_bytes = static_cast<int64_t>(p.features) * static_cast<int>(sizeof(Storage<A>));
+  if (step < steps) {
+    char* target = shared_memory() + step % kStages * (2 * kTile * kStepBytes);
+    SETEMB_UNROLL
+    for (int i = 0; i < kTile * 4 / kThreads; ++i) {
+      const int row = (thread + i * kThreads) / 4, chunk = thread % 4;
+      const int64_t source = row * row_bytes + step * kStepBytes + chunk * 16;
+      copy_async(target + swizzled(row, chunk), x + source);
+      copy_async(target + kTile * kStepBytes + swizzled(row, chunk), y + source);
+    }
+  }
+  copy_commit();
+}
+
+// Whether a block makes several tiles, and copies the operands of the next while it takes exponentials of one. Next to
+// products without tensor cores those are little, and between sets of one vector there are none; a block ends with
+// its tile then, and another takes its place.
+template <class A, int SX, int SY>
+constexpr bool kSeveralTiles = !std::is_same_v<A, float> && SX * SY > 1;
+
+// Calls use(scores, x group, y group) for each of the block's tiles, with this warp's groups and their scores; while it
+// runs, the first steps of the next tile are copied. Products, copies and `use` each work out anew where their thread
+// is: kept in registers all the while, that would spill.
+template <class A, bool several, class Use>
+SETEMB_DEVICE void for_tiles(const TileParams& p, const Tiles& tiles, const Use& use) {
+  const int64_t row_bytes = static_cast<int64_t>(p.features) * static_cast<int>(sizeof(Storage<A>));
+  const int steps = static_cast<int>(row_bytes / kStepBytes);
+  const auto x_of = [&](TilePosition at) {
+    return static_cast<const char*>(p.x.rows) + static_cast<int64_t>(tiles.x_first + 2 * at.row) * kGroup * row_bytes;
+  };
+  const auto y_of = [&](TilePosition at) {
+    return static_cast<const char*>(p.y.rows) +
+           static_cast<int64_t>(tiles.y_first + 2 * at.column) * kGroup * row_bytes;
+  };
+  const auto begin = [&](int tile) {
+    if (tile >= tiles.count()) return;
+    const TilePosition at = tile_position(tile, tiles.rows, tiles.columns);
+    const int thread = opaque(thread_index());
+    SETEMB_UNROLL
+    for (int step = 0; step < kStages - 1; ++step) start_step<A>(p, x_of(at), y_of(at), step, steps, thread);
+  };
+  const auto make = [&](int tile) {
+    const TilePosition at = tile_position(tile, tiles.rows, tiles.columns);
+    const char *x = x_of(at), *y = y_of(at);
+    const int thread = opaque(thread_index()), warp = thread / kWarp;
+    Scores c;
+    SETEMB_UNROLL
+    for (int t = 0; t < 4; ++t) {
+      SETEMB_UNROLL
+      for (int u = 0; u < 8; ++u) {
+        SETEMB_UNROLL
+        for (int i = 0; i < 4; ++i) c[t][u][i] = 0;
+      }
+    }
+    SETEMB_NO_UNROLL
+    for (int step = 0; step < steps; ++step) {
+      copy_wait<kStages - 2>();
+      sync_threads();  // what was copied is there, and the oldest step has been read by all
+      start_step<A>(p, x, y, step + kStages - 1, steps, thread);  // in its place
+      const char* from = shared_memory() + step % kStages * (2 * kTile * kStepBytes);
+      Multiply<A>::add(c, from + warp / 2 * kGroup * kStepBytes, from + (kTile + warp % 2 * kGroup) * kStepBytes,
+                       thread % kWarp);
+    }
+    copy_wait<0>();
+    if (several) {
+      sync_threads();  // all has been read
+      begin(tile + block_count());
+    }
+    use(c, 2 * at.row + warp_index() / 2, 2 * at.column + warp_index() % 2);
+  };
+  begin(block_index());
+  if constexpr (several) {
+    SETEMB_NO_UNROLL
+    for (int tile = block_index(); tile < tiles.count(); tile += block_count()) make(tile);
+  } else {
+    make(block_index());
+  }
 }
 
 }  // namespace setemb::cuda

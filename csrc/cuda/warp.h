@@ -41,6 +41,7 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+struct tf32;  // the operand of a product: a float of which 10 bits of mantissa count
 
 // 16 bytes, what one instruction moves at most. `ldmatrix` and asynchronous copies work on these.
 struct alignas(16) Chunk {
@@ -172,6 +173,13 @@ SETEMB_DEVICE float opaque(float v) {
   return v;
 }
 
+SETEMB_DEVICE int opaque(int v) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // --- where a thread is
 
 SETEMB_DEVICE int thread_index() {
@@ -218,6 +226,15 @@ SETEMB_DEVICE T load(const T* p) {
   emulator::check_load(p, sizeof(T), alignof(T));
 #endif
   return *p;
+}
+
+// The same of shared memory, by all lanes of a warp at once: the emulator counts those that wait for a bank.
+SETEMB_DEVICE uint32_t load_together(const uint32_t* p SETEMB_PLACE) {
+#if defined(__CUDACC__)
+  return *p;
+#else
+  return emulator::load_together(p, place);
+#endif
 }
 
 template <class T>
@@ -354,7 +371,7 @@ SETEMB_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row 
 #endif
 }
 
-// c += a b^T over 8 words along k: m16n8k16 of T = bfloat16 or float16, m16n8k8 of T = float (tf32).
+// c += a b^T over 8 words along k: m16n8k16 of T = bfloat16 or float16, m16n8k8 of T = tf32.
 template <class T>
 SETEMB_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] SETEMB_PLACE);
 
@@ -375,7 +392,7 @@ SETEMB_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uin
 #endif
 SETEMB_MMA(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 SETEMB_MMA(float16, "m16n8k16.row.col.f32.f16.f16.f32")
-SETEMB_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+SETEMB_MMA(tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef SETEMB_MMA
 
 }  // namespace setemb::cuda

@@ -17,20 +17,20 @@ bits each time.
 in range (the little that a slot has which hardly any token chose still counts, as it is divided by its sum), dz by the
 largest upstream gradient of its item. That gradient is an operand as it is: over total it could leave the range.
 
-float32 is multiplied in float32, whatever torch allows for plain products. No call waits for the device; memory is
-torch's; all sizes come from shapes. So a CUDA graph can hold it.
+float32 is multiplied on tensor cores (tf32) where torch may do so for a plain product, operands and weights rounded to
+the nearest. No call waits for the device; memory is torch's; all sizes come from shapes. So a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from setemb_kernels import _triton
+from setemb_kernels import _cuda, _triton
 from setemb_kernels.ops.slot_attention.layout import empty_like_slots
 
 MAX_SLOTS = 64
@@ -45,17 +45,12 @@ SPLIT_TOKENS = 256
 """Tokens that a block of threads sums over at least, before more of them are worth a second kernel."""
 
 _TOKENS, _FEATURES = 64, 64  # csrc/cuda/slot_attention.h
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-
-
-def _kernels() -> Any:
-    """The four kernels, by name."""
-    return torch.ops.setemb_cuda
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refusal(q: Tensor) -> str:
     """Why these kernels cannot serve slots like q; empty when they can."""
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"q: expected float32, bfloat16 or float16, got {str(q.dtype)[6:]}"
     if q.shape[2] > MAX_SLOTS:
         return f"q: expected at most {MAX_SLOTS} slots, got {q.shape[2]}"
@@ -83,8 +78,8 @@ def forward(
     for items, (weights,) in _parts(q, k, workspaces=1):
         call = _Call(q[items], k[items], _of(bias, items), _of(mask, items), scale)
         sums = call.sums()
-        _kernels().slot_attention_weights(
-            call.q, call.k, call.bias, call.mask, weights, sums, scale, token_eps, factor, call.dtype
+        _cuda.kernels().slot_attention_weights(
+            call.q, call.k, call.bias, call.mask, weights, sums, scale, token_eps, factor, call.arithmetic
         )
         call.gather(weights, v[items], out[items], 1 / factor, sums=sums, total=total[items], eps=eps)
     return out, total
@@ -122,7 +117,7 @@ def backward(
     if 0 in total.shape or not (need_logits or need_v):
         return grad_q, grad_k, grad_v, grad_bias
     factor = 2.0**15 if q.dtype == torch.float16 else 1.0  # of weights that are at most 1
-    delta = (grad.float() * out.float()).sum(-1).contiguous() if need_logits else None
+    delta = _delta(grad, out) if need_logits else None
     factors = _factors(grad) if need_logits and q.dtype == torch.float16 else None
     total = total.contiguous()
     for items, workspaces in _parts(q, k, workspaces=need_logits + need_v):
@@ -130,9 +125,9 @@ def backward(
         by_logit = workspaces.pop() if need_logits else None
         weights = workspaces.pop() if need_v else None
         sums, item_factors = call.sums() if need_bias else None, _of(factors, items)
-        _kernels().slot_attention_logit_gradients(
+        _cuda.kernels().slot_attention_logit_gradients(
             call.q, call.k, v[items], call.bias, call.mask, grad[items], _of(delta, items), total[items], item_factors,
-            weights, by_logit, sums, scale, token_eps, factor, call.dtype,
+            weights, by_logit, sums, scale, token_eps, factor, call.arithmetic,
         )  # fmt: skip
         if by_logit is not None and need_q:
             call.gather(by_logit, call.k, grad_q[items], scale, item_factors)
@@ -175,8 +170,8 @@ class _Call(NamedTuple):
     scale: float
 
     @property
-    def dtype(self) -> int:
-        return _DTYPES[self.q.dtype]
+    def arithmetic(self) -> int:
+        return _cuda.arithmetic(self.q.dtype)
 
     def sums(self) -> Tensor:
         """Memory for sums over blocks of tokens."""
@@ -200,8 +195,8 @@ class _Call(NamedTuple):
         (B, H, K, D), G, T = out.shape, tokens.shape[1], tokens.shape[2]
         splits, per_split = self._splits(B * G, H // G * K, T, D)
         partial = out.new_empty(splits, B * H * K, D, dtype=torch.float32) if splits > 1 else None
-        _kernels().slot_attention_gather(
-            weights, tokens, self.mask, factors, sums, out, total, partial, per_split, factor, eps, self.dtype
+        _cuda.kernels().slot_attention_gather(
+            weights, tokens, self.mask, factors, sums, out, total, partial, per_split, factor, eps, self.arithmetic
         )
 
     def _splits(self, items: int, rows: int, T: int, D: int) -> tuple[int, int]:
@@ -215,7 +210,14 @@ class _Call(NamedTuple):
 
     def spread(self, weights: Tensor, slots: Tensor, out: Tensor, factor: float, factors: Tensor | None = None) -> None:
         """Fill ``out [B, G, T, D]`` with sums over slots ``[B, H, K, D]``, times `factor` and that of the item."""
-        _kernels().slot_attention_spread(weights, slots, self.mask, factors, out, factor, self.dtype)
+        _cuda.kernels().slot_attention_spread(weights, slots, self.mask, factors, out, factor, self.arithmetic)
+
+
+def _delta(grad: Tensor, out: Tensor) -> Tensor:
+    """``grad . out`` in float32. The kernel takes it from ``grad . v``, where grad is rounded in tf32: so it is here,
+    for the two to cancel. (A NaN in grad reaches the difference by the other.)"""
+    grad = _cuda.rounded_to_tf32(grad) if _cuda.in_tf32(grad.dtype) else grad.float()
+    return (grad * out.float()).sum(-1).contiguous()
 
 
 def _factors(grad: Tensor) -> Tensor:

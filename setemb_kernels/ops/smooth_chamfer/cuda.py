@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from setemb_kernels import _triton
+from setemb_kernels import _cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VECTORS = 64
@@ -38,17 +38,6 @@ CHUNK_COLUMNS = 4096
 """Columns of a chunk of W."""
 
 _GROUP, _TILE, _STEP_BYTES, _WEIGHT_EXPONENT = 64, 128, 64, 15  # csrc/cuda/smooth_chamfer.h
-_ARITHMETIC = {torch.bfloat16: 0, torch.float16: 1, "tf32": 2, torch.float32: 3}
-
-
-def _kernels() -> Any:
-    """The kernels, by name."""
-    return torch.ops.setemb_cuda
-
-
-def arithmetic(dtype: torch.dtype) -> int:
-    """What products are made in; of float32, what torch may use for a plain one."""
-    return _ARITHMETIC["tf32" if dtype == torch.float32 and _triton.precision() == "tf32" else dtype]
 
 
 def refusal(x: Tensor, y: Tensor) -> str:
@@ -73,7 +62,7 @@ def forward(
         call, pairs = _Call(x, y, alpha, x_mask, y_mask), out
     else:  # s(X, Y) = s(Y, X)
         call, pairs = _Call(y, x, alpha, y_mask, x_mask), out.T
-    _kernels().smooth_chamfer_forward(*call.operands(), pairs, *call.alpha, *call.slots(), call.arithmetic, wide)
+    _cuda.kernels().smooth_chamfer_forward(*call.operands(), pairs, *call.alpha, *call.slots(), call.arithmetic, wide)
     return out
 
 
@@ -146,7 +135,7 @@ def hardest(
             x_side, y_side = y_side, x_side
         call = _Call(x_side[0], y_side[0], alpha, x_side[1], y_side[1], least_slots=2)
         ids = (None if group is None else group.long().contiguous() for group in (x_side[2], y_side[2]))
-        _kernels().smooth_chamfer_hardest(
+        _cuda.kernels().smooth_chamfer_hardest(
             *call.operands(), *ids, x_side[3], y_side[3], *call.alpha, *call.slots(), call.arithmetic
         )
     return _winners(best_x), _winners(best_y)
@@ -176,7 +165,7 @@ class _Packed(NamedTuple):
         first = first_row // self.slots
         last = min(out.shape[0], first + len(sums) // self.slots)
         if first < last and out.shape[2]:
-            _kernels().smooth_chamfer_unpack(
+            _cuda.kernels().smooth_chamfer_unpack(
                 sums, self.mask, self.stats, exponents, out, self.groups, first, last, self.slots, dtype_code
             )
 
@@ -193,7 +182,7 @@ class _Call:
         y_mask: Tensor | None,
         least_slots: int = 1,  # of x
     ) -> None:
-        self.arithmetic = arithmetic(x.dtype)
+        self.arithmetic = _cuda.arithmetic(x.dtype)
         self.x = _pack(x, x_mask, max(_slots(x.shape[1]), least_slots), self.arithmetic)
         self.y = _pack(y, y_mask, _slots(y.shape[1]), self.arithmetic)
         self.alpha: tuple[float, Tensor | None] = (float(alpha), None) if _on_host(alpha) else (0.0, alpha.float())
@@ -208,7 +197,7 @@ class _Call:
         self, grad: Tensor, exponents: Tensor, chunk: Tensor | None, alpha_parts: Tensor | None, x: slice, y: slice
     ) -> None:
         """A chunk of W, of groups x and y."""
-        _kernels().smooth_chamfer_weights(
+        _cuda.kernels().smooth_chamfer_weights(
             *self.operands(), grad, exponents, chunk, alpha_parts, *self.alpha, *self.slots(),
             x.start, y.start, x.stop - x.start, y.stop - y.start, self.arithmetic, grad.dtype != self.x.rows.dtype,
         )  # fmt: skip
@@ -234,7 +223,7 @@ def _pack(v: Tensor, mask: Tensor | None, slots: int, code: int) -> _Packed:
     packed = v.new_empty(rows, _up(max(D, 1), _STEP_BYTES // v.element_size()))
     valid = v.new_empty(groups, 2, dtype=torch.int32)
     stats = v.new_empty(2 * sets + groups, dtype=torch.float32)
-    _kernels().smooth_chamfer_pack(v, mask, packed, valid, stats, slots, code)
+    _cuda.kernels().smooth_chamfer_pack(v, mask, packed, valid, stats, slots, code)
     return _Packed(packed, valid, stats, mask, slots, groups, stats[sets : 2 * sets].amax())
 
 

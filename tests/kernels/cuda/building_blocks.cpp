@@ -121,6 +121,21 @@ void exchange(Exchange p) {
   store(p.out + 64 + lane, vote(lane % 3 == 1));
 }
 
+struct Together {
+  const uint32_t* in;  // [512]
+  uint32_t* out;       // [32]
+  int stride;
+};
+
+// out[i] = in[stride i], by way of shared memory.
+void together(Together p) {
+  auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
+  const int lane = lane_index();
+  for (int i = lane; i < 512; i += kWarp) store(shared + i, load(p.in + i));
+  sync_warp();
+  store(p.out + lane, load_together(shared + p.stride * lane));
+}
+
 }  // namespace
 }  // namespace setemb::cuda
 
@@ -132,7 +147,7 @@ int run_product(const void* a, const void* b, float* c, int64_t kind, int64_t tr
   return emulator_guarded(message, size, [&] {
     void (*kernel)(Product) = kind == 0   ? (transposed ? product<bfloat16, true> : product<bfloat16, false>)
                               : kind == 1 ? (transposed ? product<float16, true> : product<float16, false>)
-                                          : product<float, false>;
+                                          : product<tf32, false>;
     launch("product", kernel, {a, b, c}, 1, 32, 24 * 32, nullptr);
   });
 }
@@ -147,6 +162,11 @@ int run_rounding(const float* in, float* bfloat, float* half, float* tf32, float
   return emulator_guarded(message, size, [&] {
     launch("rounding", rounding, {in, bfloat, half, tf32, exp2, log2, reciprocal}, n / 32, 32, 0, nullptr);
   });
+}
+
+int run_together(const uint32_t* in, uint32_t* out, int64_t stride, char* message, size_t size) {
+  return emulator_guarded(
+      message, size, [&] { launch("together", together, {in, out, static_cast<int>(stride)}, 1, 32, 2048, nullptr); });
 }
 
 int run_exchange(uint32_t* out, char* message, size_t size) {

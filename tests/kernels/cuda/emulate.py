@@ -87,7 +87,7 @@ class Emulator:
         return least.value, most.value
 
     def counts(self) -> tuple[int, int, int]:
-        """Phases of ldmatrix, those that waited for a bank of shared memory, and tensor-core instructions."""
+        """Phases of reads by a warp, what of them waited for a bank of shared memory, and tensor-core instructions."""
         numbers = [ctypes.c_long() for _ in range(3)]
         self.library.emulator_counts(*(ctypes.byref(n) for n in numbers))
         return numbers[0].value, numbers[1].value, numbers[2].value

@@ -218,7 +218,7 @@ struct Machine {
   std::string error;
   std::mt19937 random;
   // counted over all launches since reset
-  long ldmatrix_phases = 0, ldmatrix_conflicts = 0, products = 0, exponentials = 0;
+  long shared_phases = 0, shared_conflicts = 0, products = 0, exponentials = 0;
 };
 
 inline Machine& machine() {
@@ -434,6 +434,7 @@ inline void check_atomic(void* p, std::size_t bytes) {
   if (b == nullptr || !b->writable) fail(described("atomic", p, bytes) + " is outside all outputs");
 }
 
+inline int processors() { return 1; }  // few, so that blocks have several tiles
 inline int thread_index() { return machine().current; }
 inline int block_index() { return machine().block; }
 inline int block_count() { return machine().blocks; }
@@ -584,7 +585,7 @@ inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed, 
         }
         static_cast<uint32_t*>(outs[lane])[j] = word;
       }
-      ++m.ldmatrix_phases;
+      ++m.shared_phases;
       for (int a = 0; a < 8; ++a) {  // two rows in the same four banks, at different addresses
         bool conflict = false;
         for (int b = 0; b < a; ++b) {
@@ -592,11 +593,33 @@ inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed, 
                      second = reinterpret_cast<uintptr_t>(rows[b]) / 16;
           conflict |= first % 8 == second % 8 && first != second;
         }
-        m.ldmatrix_conflicts += conflict;
+        m.shared_conflicts += conflict;
       }
     }
   };
   meet(place, exchange, row, out, transposed);
+}
+
+// A word of shared memory for each lane: those of one address at once, those of others only from another bank.
+inline uint32_t load_together(const uint32_t* p, int place) {
+  check_load(p, 4, 4);
+  if (!in_shared(p, 4)) fail(described("load of a warp", p, 4) + " is not of shared memory");
+  const auto read = [](const void* const* in, void* const* out, int) {
+    Machine& m = machine();
+    ++m.shared_phases;
+    for (int a = 0; a < 32; ++a) {
+      std::memcpy(out[a], in[a], 4);
+      bool conflict = false;
+      for (int b = 0; b < a; ++b) {
+        const auto first = reinterpret_cast<uintptr_t>(in[a]) / 4, second = reinterpret_cast<uintptr_t>(in[b]) / 4;
+        conflict |= first % 32 == second % 32 && first != second;
+      }
+      m.shared_conflicts += conflict;
+    }
+  };
+  uint32_t result;
+  meet(place, read, p, &result, 0);
+  return result;
 }
 
 // Towards zero.
@@ -674,7 +697,7 @@ __attribute__((used, visibility("default"))) inline void emulator_reset() {
   using namespace setemb::cuda::emulator;
   Machine& m = machine();
   m.buffers.clear();
-  m.ldmatrix_phases = m.ldmatrix_conflicts = m.products = 0;
+  m.shared_phases = m.shared_conflicts = m.products = 0;
 }
 
 // How often the elements of a registered buffer were written: the least and the most.
@@ -689,11 +712,12 @@ __attribute__((used, visibility("default"))) inline void emulator_writes(const v
   }
 }
 
-// Rows that ldmatrix read, in eights; how many of them waited for another; products.
+// Reads of shared memory: eight rows of ldmatrix, or a word of each lane; how many rows or words waited for another;
+// products.
 __attribute__((used, visibility("default"))) inline void emulator_counts(long* phases, long* conflicts,
                                                                          long* products) {
   const auto& m = setemb::cuda::emulator::machine();
-  *phases = m.ldmatrix_phases, *conflicts = m.ldmatrix_conflicts, *products = m.products;
+  *phases = m.shared_phases, *conflicts = m.shared_conflicts, *products = m.products;
 }
 
 }  // extern "C"

@@ -19,6 +19,7 @@ from setemb_kernels.ops.slot_attention import cuda as slot_attention
 from setemb_kernels.ops.smooth_chamfer import cuda as smooth_chamfer
 from tests.kernels.slot_attention import cases as slot_cases
 from tests.kernels.smooth_chamfer import cases as set_cases
+from tests.kernels.tf32 import rounded_to_tf32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,11 +144,8 @@ def test_tf32(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge is eager PyTorch, which may use it too, on operands rounded to tf32."""
     eager = set_cases._eager_in_another_order
 
-    def rounded(v: Tensor) -> Tensor:
-        return (v.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
-
     def in_tf32(i: set_cases.Inputs, order: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return eager(i._replace(x=rounded(i.x), y=rounded(i.y)), order)
+        return eager(i._replace(x=rounded_to_tf32(i.x), y=rounded_to_tf32(i.y)), order)
 
     monkeypatch.setattr(set_cases, "_eager_in_another_order", in_tf32)
     set_cases.check(run, NAMED[name], torch.float32, DEVICE)
@@ -155,6 +153,18 @@ def test_tf32(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     here = smooth_chamfer.forward(*inputs)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert not torch.equal(here, smooth_chamfer.forward(*inputs))
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("name", ["mask, shared", "odd sizes", "bias, shared, masked", "D 1031", "many tokens"])
+def test_slot_attention_in_tf32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in slot_cases.CASES if case.name == name)
+    slot_cases.judge_in_tf32(monkeypatch)
+    slot_cases.check(slots, case, torch.float32, DEVICE)
+    inputs = case.build(torch.float32, DEVICE)
+    here, _ = slot_attention.forward(*inputs[:-1])
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert not torch.equal(here, slot_attention.forward(*inputs[:-1])[0])
 
 
 @EACH_DTYPE

@@ -57,13 +57,14 @@ class Report(NamedTuple):
 def slot_attention() -> str:
     """All kernels."""
     lines = ['#include "slot_attention_kernels.h"', "namespace setemb::cuda::slots {"]
-    for dtype in ("bfloat16", "float16", "float"):
+    for arithmetic in ("bfloat16", "float16", "tf32", "float"):
         for tiles in ROW_TILES:
-            lines.append(f"template __global__ void gather_kernel<{dtype}, {tiles}>(GatherParams);")
+            lines.append(f"template __global__ void gather_kernel<{arithmetic}, {tiles}>(GatherParams);")
             for backward in ("false", "true"):
-                lines.append(f"template __global__ void weights_kernel<{dtype}, {tiles}, {backward}>(WeightParams);")
-        lines.append(f"template __global__ void combine_kernel<{dtype}>(GatherParams);")
-        lines.append(f"template __global__ void spread_kernel<{dtype}>(SpreadParams);")
+                kernel = f"weights_kernel<{arithmetic}, {tiles}, {backward}>"
+                lines.append(f"template __global__ void {kernel}(WeightParams);")
+        lines.append(f"template __global__ void combine_kernel<{arithmetic}>(GatherParams);")
+        lines.append(f"template __global__ void spread_kernel<{arithmetic}>(SpreadParams);")
     return "\n".join([*lines, "}", ""])
 
 
@@ -136,6 +137,7 @@ def test_slot_attention(architecture: str, reports: dict[tuple[str, str], Future
         instructions |= {
             f"{kernel}_kernelINS0_8bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
             f"{kernel}_kernelINS0_7float16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+            f"{kernel}_kernelINS0_4tf32": "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
             f"{kernel}_kernelIf": "fma.rn.f32",
         }
     check(reports["slot_attention", architecture].result(), slot_attention().count("__global__"), instructions)

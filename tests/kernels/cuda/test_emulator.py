@@ -114,3 +114,14 @@ def test_exchange(emulator: Emulator) -> None:
     assert torch.equal(out[0], lanes ^ 5)
     assert (out[1] == 49).all()
     assert (out[2] == sum(1 << i for i in range(1, 32, 3))).all()
+
+
+@pytest.mark.parametrize(("stride", "waiting"), [(0, 0), (1, 0), (2, 16), (4, 24), (5, 0), (15, 0)])
+def test_banks(emulator: Emulator, stride: int, waiting: int) -> None:
+    """Lanes that read other words of a bank wait; those that read the same do not."""
+    emulator.reset()
+    values, out = torch.arange(512, dtype=torch.int32), poisoned((32,), torch.int32)
+    emulator.register(values), emulator.register(out, writable=True)
+    emulator.call("run_together", values, out, stride)
+    assert torch.equal(out, values[: 31 * stride + 1 : stride] if stride else torch.zeros_like(out))
+    assert emulator.counts()[:2] == (1, waiting)

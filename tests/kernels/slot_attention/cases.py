@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from setemb_kernels.ops.slot_attention import reference
 from tests.kernels.judge import judge
+from tests.kernels.tf32 import Tf32Products
 
 
 class Inputs(NamedTuple):
@@ -208,6 +210,19 @@ def _eager_in_another_order(i: Inputs, seed: int) -> Results:
     if i.v is not None:
         rest[0] = rest[0][:, :, t][..., e]
     return out[..., e], q[..., d], k[:, :, t][..., d], *rest
+
+
+def judge_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `check` judge by eager PyTorch in tf32."""
+    eager_in_float32 = _eager_in_another_order
+
+    def in_tf32(i: Inputs, seed: int) -> Results:
+        with Tf32Products() as mode:
+            results = eager_in_float32(i, seed)
+        assert mode.products or not i.k.numel()
+        return results
+
+    monkeypatch.setattr(f"{__name__}._eager_in_another_order", in_tf32)
 
 
 def reference_results(i: Inputs) -> Results:

@@ -17,12 +17,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from setemb_kernels import _triton, use_backend
+from setemb_kernels import _cuda, _triton, use_backend
 from setemb_kernels.ops.slot_attention import cuda as backend
 from setemb_kernels.ops.slot_attention import op, reference
 from tests.kernels.cuda.emulate import ORDERS, Emulator, compiler, view
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
-from tests.kernels.slot_attention.cases import CASES, Case, Inputs, Results, cases, check, reference_results, through
+from tests.kernels.slot_attention.cases import (
+    CASES,
+    Case,
+    Inputs,
+    Results,
+    cases,
+    check,
+    judge_in_tf32,
+    reference_results,
+    through,
+)
+from tests.kernels.tf32 import rounded_to_tf32
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -30,6 +41,9 @@ NAMED = {case.name: case for case in CASES}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TABLE = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for dtype in DTYPES for case in cases(dtype)]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EACH_ARITHMETIC = pytest.mark.parametrize(
+    ("dtype", "precision"), [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32")], indirect=["precision"]
+)
 
 
 class Kernels:
@@ -82,8 +96,16 @@ def emulator() -> Emulator:
 @pytest.fixture
 def kernels(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = Kernels(emulator)
-    monkeypatch.setattr(backend, "_kernels", lambda: found)
+    monkeypatch.setattr(_cuda, "kernels", lambda: found)
     return found
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch may use for products of float32; the judge does likewise."""
+    monkeypatch.setattr(_triton, "precision", lambda: request.param)
+    if request.param == "tf32":
+        judge_in_tf32(monkeypatch)
 
 
 def run(i: Inputs) -> Results:
@@ -99,7 +121,17 @@ def test_table(case: Case, dtype: torch.dtype, kernels: Kernels) -> None:
         assert bool(kernels.products) == bool(multiplied and dtype != torch.float32)
 
 
-@EACH_DTYPE
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("precision", ["tf32"], indirect=True)
+def test_tf32(case: Case, kernels: Kernels) -> None:
+    """The judge is eager PyTorch in tf32: every product, forward and backward, of operands that are rounded."""
+    check(run, case, torch.float32)
+    assert bool(kernels.products) == bool(case.B and case.H and case.K and case.T and max(case.Dk, case.Dv))
+
+
+@pytest.mark.usefixtures("precision")
+@EACH_ARITHMETIC
 @pytest.mark.parametrize(
     "case",
     [
@@ -119,7 +151,8 @@ def test_tiles(case: Case, dtype: torch.dtype, kernels: Kernels) -> None:
     check(run, case, dtype)
 
 
-@EACH_DTYPE
+@pytest.mark.usefixtures("precision")
+@EACH_ARITHMETIC
 @pytest.mark.parametrize("name", ["many tokens", "bias, shared, masked", "heads first", "all masked, no eps", "Dv 1"])
 def test_splits(name: str, dtype: torch.dtype, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """More blocks of threads than a small call has by itself: each takes a part of the tokens."""
@@ -139,8 +172,9 @@ def test_few_items_at_a_time(name: str, dtype: torch.dtype, kernels: Kernels, mo
     assert kernels.launched.count("slot_attention_logit_gradients") == -(-case.B // 2)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("order", ORDERS[1:])
-@EACH_DTYPE
+@EACH_ARITHMETIC
 @pytest.mark.parametrize("name", ["odd sizes", "64 slots", "masked NaN and inf, shared", "sliced", "more steps"])
 def test_every_order_of_threads_gives_the_same(
     name: str, dtype: torch.dtype, order: int, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
@@ -218,6 +252,8 @@ def test_memory_order(name: str, kernels: Kernels) -> None:
     torch.testing.assert_close(total, reference.forward(*i[:-1])[1])
 
 
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("precision", ["ieee", "tf32"], indirect=True)
 @pytest.mark.parametrize("name", ["paper", "paper, absorbed"])
 @pytest.mark.parametrize("where", ["q", "k", "v", "grad"])
 def test_nan_stays_with_its_item(name: str, where: str, kernels: Kernels) -> None:
@@ -233,6 +269,19 @@ def test_nan_stays_with_its_item(name: str, where: str, kernels: Kernels) -> Non
         if n in (2, 3):  # those of k and v
             assert (got[:, :, -1] == 0).all()
     assert any(got[3].isnan().any() for got in results)
+
+
+def test_tf32_rounds_operands_to_the_nearest(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor cores would cut them, which is a bias: logits and values of one sign show it."""
+    i = Case("", 2, 2, 4, 70, 40, 24).build(torch.float32)
+    assert i.v is not None
+    i = i._replace(q=i.q.abs(), k=i.k.abs(), v=i.v.abs())
+    monkeypatch.setattr(_triton, "precision", lambda: "tf32")
+    out, _ = backend.forward(*i[:-1])
+    rounded = i._replace(q=rounded_to_tf32(i.q), k=rounded_to_tf32(i.k), v=rounded_to_tf32(i.v))
+    truth, _ = reference.forward(*(t.double() if isinstance(t, Tensor) else t for t in rounded[:-1]))
+    assert ((out - truth) / truth).mean().abs() < 2e-5  # weights are rounded, too, which leaves no bias
+    assert ((out - truth) / truth).abs().max() < 2**-11
 
 
 @pytest.mark.parametrize(("grad", "v", "q", "scale"), [(12, 3, 0, -12), (-12, -6, -8, 8)])

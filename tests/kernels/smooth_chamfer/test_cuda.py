@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from setemb_kernels import _triton, set_triplet_loss
+from setemb_kernels import _cuda, _triton, set_triplet_loss
 from setemb_kernels.ops.smooth_chamfer import cuda as backend
 from setemb_kernels.ops.smooth_chamfer.op import BACKENDS
 from tests.kernels.cuda.emulate import ORDERS, Emulator, compiler, view
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
 from tests.kernels.smooth_chamfer import cases as table
 from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, check_wide, reference_results
+from tests.kernels.tf32 import rounded_to_tf32
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -94,7 +95,7 @@ def emulator() -> Emulator:
 @pytest.fixture
 def kernels(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = Kernels(emulator, 0)
-    monkeypatch.setattr(backend, "_kernels", lambda: found)
+    monkeypatch.setattr(_cuda, "kernels", lambda: found)
     return found
 
 
@@ -136,10 +137,6 @@ def test_every_order_of_threads_gives_the_same(name: str, order: int, kernels: K
     kernels.order = order
     for got, expected in zip(run(inputs), forwards, strict=True):
         assert torch.equal(got, expected)
-
-
-def rounded_to_tf32(v: Tensor) -> Tensor:
-    return (v.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["odd sizes", "larger than a tile", "K 64 L 5", "masks", "alpha 1e4", "D 1031"])
