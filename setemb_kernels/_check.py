@@ -103,6 +103,17 @@ def sharpness(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
+def real(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """`value`, a finite number, as a 0-dim tensor. The value of a tensor is not checked."""
+    if isinstance(value, Tensor):
+        return scalar(name, value, device)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
 def wide_result(name: str, value: torch.dtype | None, of_name: str, of: Tensor) -> bool:
     """Whether a result is wanted in float32, not in the 16-bit type of `of` (under autocast it may become one)."""
     if value is None or value == of.dtype:

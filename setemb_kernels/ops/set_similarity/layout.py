@@ -1,0 +1,100 @@
+"""Sets as the op takes them: packed rows and offsets, out of padded, ragged or nested tensors; and who meets whom."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from setemb_kernels import _check
+
+
+class PackedSets(NamedTuple):
+    """Set i is the rows ``offsets[i]`` to ``offsets[i + 1]``; rows beyond the last offset belong to no set."""
+
+    rows: Tensor
+    """``[X, D]``"""
+    offsets: Tensor
+    """int64 ``[N + 1]``, from 0, never decreasing, at most X."""
+
+    @property
+    def sets(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+def packed(name: str, v: Tensor, mask: Tensor | None, offsets: Tensor | None) -> PackedSets:
+    """Packs one side, and says what is wrong with it. Nothing is copied but the valid rows next to a mask, and rows
+    without unit stride in between."""
+    nested = isinstance(v, Tensor) and v.is_nested
+    if nested or offsets is not None:
+        if mask is not None:
+            form = "a nested tensor" if nested else f"{name}_offsets"
+            raise ValueError(f"{name}_mask: expected None beside {form}, which says what is valid")
+        if nested and offsets is not None:
+            raise ValueError(f"{name}_offsets: expected None beside a nested tensor, which has its own")
+    if nested:
+        return _of_nested(name, v)
+    if offsets is None:
+        _check.floating(name, v, _check.SETS)
+        _check.mask(f"{name}_mask", mask, v.shape[:2], name, v)
+        N, K, _ = v.shape
+        rows = v.flatten(0, 1)
+        if mask is None:
+            return PackedSets(rows, torch.arange(N + 1, device=v.device) * K)
+        # of fixed size, so that nothing waits for a GPU and shapes can be traced: the rest are copies of row 0
+        valid = torch.nonzero_static(mask.flatten(), size=N * K, fill_value=0).squeeze(1)
+        return PackedSets(rows.index_select(0, valid), _offsets_of(mask.sum(1)))
+    _check.floating(name, v, ("vectors", "features"))
+    label = f"{name}_offsets"
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{label}: expected a torch.Tensor of int32 or int64 or None, got {type(offsets).__name__}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{label}: expected int32 or int64, got {str(offsets.dtype).removeprefix('torch.')}")
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{label}: expected shape [sets + 1], got {list(offsets.shape)}")
+    if offsets.device != v.device:
+        raise ValueError(f"{label}: expected device {v.device} as of {name}, got {offsets.device}")
+    return PackedSets(v, offsets.to(torch.int64))
+
+
+def _of_nested(name: str, v: Tensor) -> PackedSets:
+    if v.layout != torch.jagged:
+        raise ValueError(f"{name}: expected a nested tensor of layout torch.jagged, got {v.layout}")
+    if v.dim() != 3 or v.lengths() is not None:
+        raise ValueError(f"{name}: expected a nested tensor [sets, *, features] without holes, got shape {v.shape}")
+    rows: Tensor = v.values()
+    if rows.dim() != 2:
+        raise ValueError(f"{name}: expected a nested tensor [sets, *, features], got shape {v.shape}")
+    _check.floating(name, rows, ("vectors", "features"))
+    return PackedSets(rows, v.offsets().to(torch.int64))
+
+
+def _offsets_of(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def means(sets: PackedSets) -> tuple[Tensor, Tensor]:
+    """The mean vector of each set ``[N, D]`` in what sums are accumulated in, and which sets have a vector ``[N]``."""
+    rows = sets.rows if sets.rows.dtype == torch.float64 else sets.rows.float()
+    counts = sets.offsets.diff()
+    last = sets.rows.shape[0] - sets.offsets[-1:]  # rows of no set are a segment of their own
+    total = torch.segment_reduce(rows, "sum", lengths=torch.cat([counts, last]), initial=0.0, unsafe=True)[:-1]
+    return total / counts.clamp(min=1).to(rows.dtype)[:, None], counts > 0
+
+
+def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
+    """Offsets whose values can be read without waiting for a device."""
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] > rows or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(
+            f"{name}: expected offsets from 0 that never decrease, at most {rows}, got {values[:4]}..{values[-1]}"
+        )
+
+
+def check_candidates(candidates: Tensor, sets: int) -> None:
+    if candidates.numel() and not (-1 <= int(candidates.min()) and int(candidates.max()) < sets):
+        raise ValueError(
+            f"candidates: expected -1 (none) or the index of one of {sets} sets of y, got "
+            f"{int(candidates.min())} to {int(candidates.max())}"
+        )
