@@ -6,10 +6,10 @@
     with patch_pylate():       # or for a block
         ...
 
-``patch_pylate``, ``patch_sentence_transformers``, ``patch_colpali_engine`` and ``patch_slot_attention`` replace what those
-packages compute by the ops of `setemb_kernels`; none of them is imported before it is patched. Beside them stand modules
-with the names of others: `late_interaction_kernels`, `flash_maxsim` and `dive`; `losses` and `metrics` are for training
-loops. docs/integrations.md has the table.
+``patch_pylate``, ``patch_sentence_transformers``, ``patch_colpali_engine`` and ``patch_slot_attention`` replace what
+those packages compute by the ops of `setemb_kernels`; none of them is imported before it is patched. Beside them stand
+modules with the names of others: `late_interaction_kernels`, `flash_maxsim` and `dive`; `losses` and `metrics` are for
+training loops. docs/integrations.md has the table.
 """
 
 from setemb_kernels.integrations._patch import Patch

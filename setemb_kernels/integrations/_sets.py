@@ -1,4 +1,4 @@
-"""From sets of tokens as other packages hold them, padded with zeros or in lists, to those that `set_similarity` takes."""
+"""Sets of tokens as other packages hold them, padded with zeros or in lists, made what `set_similarity` takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from setemb_kernels.ops.set_similarity.op import set_similarity
+from setemb_kernels.ops.set_similarity.op import Kind, set_similarity
 
 
 class Sets(NamedTuple):
@@ -21,8 +21,14 @@ class Sets(NamedTuple):
     """``[N + 1]`` of packed sets."""
 
 
-def similarity(x: Sets, y: Sets, kind: str = "maxsim", **options: Any) -> Tensor:
+def similarity(x: Sets, y: Sets, kind: Kind = "maxsim", **options: Any) -> Tensor:
+    """`set_similarity`."""
     return set_similarity(x.vectors, y.vectors, kind, x_offsets=x.offsets, y_offsets=y.offsets, **options)
+
+
+def wide(sets: Sets) -> torch.dtype | None:
+    """The `out_dtype` that rounds no sum to 16 bits."""
+    return torch.float32 if sets.vectors.dtype.itemsize == 2 else None
 
 
 def only(sets: Tensor, keep: Tensor | None, weights: Tensor | None = None) -> Sets:

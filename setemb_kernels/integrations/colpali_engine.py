@@ -78,7 +78,9 @@ def maxsim_kd(drop_masked: bool, own: Function, query: Tensor, doc: Tensor) -> T
     return _with_own(query, doc, None, drop_masked)
 
 
-def inbatch_scores(drop_masked: bool, own: Function, self: Any, query_embeddings: Tensor, doc_embeddings: Tensor) -> Any:
+def inbatch_scores(
+    drop_masked: bool, own: Function, self: Any, query_embeddings: Tensor, doc_embeddings: Tensor
+) -> Any:
     """Scores of all pairs of a batch, hard or smooth, divided by the length of the query where the loss does so."""
     if not self.use_smooth_max:
         return own(self, query_embeddings, doc_embeddings)  # calls `maxsim_inbatch`
@@ -135,7 +137,6 @@ def score_multi_vector(
 
     device = device or get_torch_device("auto")
     queries = _queries(qs.to(device)) if isinstance(qs, Tensor) else _sets.of_rows([q.to(device) for q in qs])
-    wide = {"out_dtype": torch.float32} if queries.vectors.dtype.itemsize == 2 else {}
     columns = []
     for start in range(0, len(ps), batch_size):
         batch = ps[start : start + batch_size]
@@ -146,7 +147,7 @@ def score_multi_vector(
             documents = _sets.of_rows(
                 [functional.pad(p, (0, 0, 0, int(len(p) < longest))) for p in (p.to(device) for p in batch)]
             )
-        columns.append(_sets.similarity(queries, documents, **wide).cpu())
+        columns.append(_sets.similarity(queries, documents, out_dtype=_sets.wide(queries)).cpu())
     return torch.cat(columns, dim=1).to(torch.float32)
 
 

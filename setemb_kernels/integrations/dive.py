@@ -1,6 +1,6 @@
-"""The similarities of published code for sets of embeddings, under its names: DivE's `SetwiseSimilarity` (Kim, Kim, Kwak,
-CVPR 2023), the maximum of PVSE (Song, Soleymani, CVPR 2019) and the match probability of PCME (Chun et al., CVPR 2021)
-as DivE's code has it, of cosines.
+"""The similarities of published code for sets of embeddings, under its names: DivE's `SetwiseSimilarity` (Kim, Kim,
+Kwak, CVPR 2023), the maximum of PVSE (Song, Soleymani, CVPR 2019), and the match probability of PCME (Chun et al., CVPR
+2021) as DivE's code has it, of cosines.
 
 Sets are ``[N, K, D]`` or, as there, their vectors in a row, ``[N * K, D]``; of unit length where cosines are meant.
 Similarities of Euclidean distances are not here.
@@ -8,10 +8,12 @@ Similarities of Euclidean distances are not here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from setemb_kernels.ops.set_similarity.op import set_similarity
+from setemb_kernels.ops.set_similarity.op import Kind, set_similarity
 
 __all__ = ["MPsimilarity", "SetwiseSimilarity"]
 
@@ -22,14 +24,14 @@ class MPsimilarity(nn.Module):
     (There they were no parameters once they were on a GPU, and stayed as they were.)
 
     Args:
-        avg_pool: there a pooling of ``(img_set_size, txt_set_size)``; only its ``kernel_size`` is read, for vectors in a
-            row. May be the two sizes themselves, or None where sets come as ``[N, K, D]``.
+        avg_pool: there a pooling of ``(img_set_size, txt_set_size)``; only its ``kernel_size`` is read, for vectors in
+            a row. May be the two sizes themselves, or None where sets come as ``[N, K, D]``.
     """
 
     def __init__(self, avg_pool: nn.AvgPool2d | tuple[int, int] | None = None) -> None:
         super().__init__()
-        sizes = getattr(avg_pool, "kernel_size", avg_pool)
-        self.sizes = (sizes, sizes) if isinstance(sizes, int) else sizes
+        sizes: Any = getattr(avg_pool, "kernel_size", avg_pool)
+        self.sizes: tuple[int, int] | None = (sizes, sizes) if isinstance(sizes, int) else sizes
         self.alpha, self.beta = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, img_embs: Tensor, txt_embs: Tensor) -> Tensor:
@@ -63,13 +65,14 @@ class SetwiseSimilarity(nn.Module):
         self.mp_dist = MPsimilarity((img_set_size, txt_set_size))
 
     def smooth_chamfer_similarity_cosine(self, img_embs: Tensor, txt_embs: Tensor) -> Tensor:
-        return self._of_both("smooth_chamfer", img_embs, txt_embs, alpha=float(self.temperature))
+        return self._of_both("smooth_chamfer", img_embs, txt_embs)
 
     def chamfer_similarity_cosine(self, img_embs: Tensor, txt_embs: Tensor) -> Tensor:
         return self._of_both("chamfer", img_embs, txt_embs)
 
     def max_similarity_cosine(self, img_embs: Tensor, txt_embs: Tensor) -> Tensor:
-        return set_similarity(*_sets((self.img_set_size, self.txt_set_size), img_embs, txt_embs), "max")
+        img, txt = _sets((self.img_set_size, self.txt_set_size), img_embs, txt_embs)
+        return set_similarity(img, txt, "max")
 
     def smooth_chamfer_similarity(self, img_embs: Tensor, txt_embs: Tensor) -> Tensor:
         return self.smooth_chamfer_similarity_cosine(img_embs, txt_embs)
@@ -84,10 +87,10 @@ class SetwiseSimilarity(nn.Module):
         similarity: Tensor = self.mp_dist(img_embs, txt_embs)
         return similarity
 
-    def _of_both(self, kind: str, img_embs: Tensor, txt_embs: Tensor, **options: float) -> Tensor:
+    def _of_both(self, kind: Kind, img_embs: Tensor, txt_embs: Tensor) -> Tensor:
         """Ours has 1/2 before both directions."""
         img, txt = _sets((self.img_set_size, self.txt_set_size), img_embs, txt_embs)
-        return set_similarity(img, txt, kind, **options) * (2 / self.denominator)
+        return set_similarity(img, txt, kind, alpha=float(self.temperature)) * (2 / self.denominator)
 
 
 def _sets(sizes: tuple[int, int] | None, *batches: Tensor) -> list[Tensor]:
@@ -95,7 +98,9 @@ def _sets(sizes: tuple[int, int] | None, *batches: Tensor) -> list[Tensor]:
     for batch, size, name in zip(batches, sizes or (None, None), ("img_embs", "txt_embs"), strict=True):
         if batch.dim() == 2:
             if size is None or len(batch) % size:
-                raise ValueError(f"{name}: expected [sets, vectors, features] or rows of sets of {size}, got {list(batch.shape)}")
+                raise ValueError(
+                    f"{name}: expected [sets, vectors, features] or rows of sets of {size}, got {list(batch.shape)}"
+                )
             batch = batch.unflatten(0, (-1, size))
         elif size is not None and batch.shape[1] != size:
             raise ValueError(f"{name}: expected sets of {size} vectors, got {list(batch.shape)}")

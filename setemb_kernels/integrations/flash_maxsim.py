@@ -6,8 +6,8 @@ Scores are float32 (float64 of float64), of inputs in their own type; there floa
 document or query without tokens scores 0. How work is cut (``query_chunk_size``, ``splitk``, ``pad_lq``,
 ``grid_factor``) and longest lengths are not for the caller to say: they are there to be given, and make no difference.
 
-What is not here: int8 (`setemb_kernels.set_topk` searches int8 galleries), and the Chamfer distance of points, which is a
-Euclidean one; ``set_similarity(x, y, "chamfer")`` is that of dot products.
+What is not here: int8 (`setemb_kernels.set_topk` searches int8 galleries), and the Chamfer distance of points, which is
+a Euclidean one; ``set_similarity(x, y, "chamfer")`` is that of dot products.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def flash_maxsim_train(Q: Tensor, D: Tensor) -> Tensor:
     return flash_maxsim(Q, D)
 
 
-def flash_maxsim_persistent(
-    Q: Tensor, D: Tensor, doc_lengths: Tensor | None = None, grid_factor: int = 2
-) -> Tensor:
+def flash_maxsim_persistent(Q: Tensor, D: Tensor, doc_lengths: Tensor | None = None, grid_factor: int = 2) -> Tensor:
     """One query or many, ``[Lq, d]`` or ``[Nq, Lq, d]``, with documents ``[B, Ld, d]``."""
     return maxsim(Q, D, d_mask=_mask(doc_lengths, D))
 
@@ -178,9 +176,7 @@ def pack_docs(d_embs: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     return packed.vectors, packed.offsets.to(torch.int32), max(map(len, d_embs))
 
 
-def pack_pairs(
-    q_embs: Sequence[Tensor], d_embs: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+def pack_pairs(q_embs: Sequence[Tensor], d_embs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
     """Two lists as rows, rows, offsets, offsets, longest, longest."""
     (q, q_offsets, q_longest), (d, d_offsets, d_longest) = pack_docs(q_embs), pack_docs(d_embs)
     return q, d, q_offsets, d_offsets, q_longest, d_longest

@@ -3,7 +3,7 @@
 ``import setemb_kernels.integrations.late_interaction_kernels as late_interaction_kernels``
 
 Scores are float32 (float64 of float64). Masks are bool, True = valid; a document or query without a valid token scores
-0. ``normalize=True`` makes every vector of unit length first. Which gradients are made how is not for the caller to say:
+0. ``normalize=True`` makes every vector of unit length first. How gradients are made is not for the caller to say:
 ``backward`` is checked and makes no difference. Longest lengths are not needed; ``max_seqlen_q`` and ``max_seqlen_d``
 are there to be given.
 
@@ -13,6 +13,7 @@ What is not here: PLAID, FP8 and the fused head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,12 @@ def maxsim(
                 f"Q: expected [{len(D)}, tokens, features] beside documents of each query {list(D.shape)},"
                 f" got {list(Q.shape)}"
             )
-        candidates = _sets.own_candidates(*D.shape[:2], D.device)
+        candidates = _sets.own_candidates(D.shape[0], D.shape[1], D.device)
         d_mask = None if d_mask is None else d_mask.flatten(0, 1)
         return _score(Q, D.flatten(0, 1), q_mask, d_mask, normalize, candidates=candidates)
-    sets = (_batch(value, value.dim() == 2) for value in (Q, D))
-    masks = (None if mask is None else _batch(mask, mask.dim() == 1) for mask in (q_mask, d_mask))
-    scores = _score(*sets, *masks, normalize)
+    queries, documents = (_batch(value, value.dim() == 2) for value in (Q, D))
+    q_mask, d_mask = (None if mask is None else _batch(mask, mask.dim() == 1) for mask in (q_mask, d_mask))
+    scores = _score(queries, documents, q_mask, d_mask, normalize)
     if D.dim() == 2:
         scores = scores[:, 0]
     return scores[0] if Q.dim() == 2 else scores
@@ -99,7 +100,7 @@ def maxsim_varlen(
     max_seqlen_q: int | None = None,
     max_seqlen_d: int | None = None,
 ) -> Tensor:
-    """All pairs of packed sets, ``[X, d]`` with offsets ``[Nq + 1]`` and ``[Y, d]`` with ``[Nd + 1]``, to ``[Nq, Nd]``."""
+    """All pairs ``[Nq, Nd]`` of packed sets: rows ``[X, d]`` and offsets ``[Nq + 1]``, rows ``[Y, d]`` and ``[Nd + 1]``."""
     return _wide(_sets.Sets(Q_packed, cu_seqlens_q), _sets.Sets(D_packed, cu_seqlens_d))
 
 
@@ -118,7 +119,7 @@ def maxsim_padded(
         ("query_lengths", query_lengths, queries.shape[1]),
         ("doc_lengths", doc_lengths, documents.shape[2]),
     ):
-        if lengths.numel() and not (0 <= int(lengths.min()) and int(lengths.max()) <= longest):
+        if lengths.numel() and not (int(lengths.min()) >= 0 and int(lengths.max()) <= longest):
             raise ValueError(f"{name}: expected 0 to {longest}, got {int(lengths.min())} to {int(lengths.max())}")
     return maxsim(queries, documents, _valid(query_lengths, queries), _valid(doc_lengths, documents))
 
@@ -247,17 +248,16 @@ def _remove(package: str) -> None:
 
 
 def _score(
-    Q: Tensor, D: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, **options: object
+    Q: Tensor, D: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, **options: Any
 ) -> Tensor:
     if normalize:
         Q, D = (functional.normalize(value, dim=-1) for value in (Q, D))
     return _wide(_sets.Sets(Q), _sets.Sets(D), x_mask=_bool(q_mask), y_mask=_bool(d_mask), **options)
 
 
-def _wide(x: _sets.Sets, y: _sets.Sets, **options: object) -> Tensor:
+def _wide(x: _sets.Sets, y: _sets.Sets, **options: Any) -> Tensor:
     """In float32 at least."""
-    wide = {"out_dtype": torch.float32} if x.vectors.dtype.itemsize == 2 else {}
-    return _sets.similarity(x, y, **wide, **options)
+    return _sets.similarity(x, y, out_dtype=_sets.wide(x), **options)
 
 
 def _bool(mask: Tensor | None) -> Tensor | None:

@@ -44,7 +44,7 @@ class _SetLoss(nn.Module):
 
     def extra_repr(self) -> str:
         values = {"alpha": self.alpha} | self.options()
-        return ", ".join(f"{k}={float(v) if isinstance(v, Tensor) else v}" for k, v in values.items())
+        return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v}" for k, v in values.items())
 
 
 class SetTripletLoss(_SetLoss):
@@ -90,7 +90,7 @@ class SetInfoNCELoss(_SetLoss):
 
 
 class SetSigmoidLoss(_SetLoss):
-    """`setemb_kernels.set_sigmoid_loss`, with the logarithm of its scale, ``log_scale``, and its ``bias`` as parameters.
+    """`setemb_kernels.set_sigmoid_loss`; the logarithm of its scale, ``log_scale``, and its ``bias`` are parameters.
 
     Args:
         scale, bias: where they start, and stay with ``learnable=False``.
@@ -133,7 +133,9 @@ class MetricLearningLoss(nn.Module):
         if ref_emb is None:
             raise ValueError("ref_emb: expected the sets to compare with, [M, L, D], got None")
         if indices_tuple is not None:
-            raise ValueError("indices_tuple: expected None, as the loss finds its negatives itself; got those of a miner")
+            raise ValueError(
+                "indices_tuple: expected None, as the loss finds its negatives itself; got those of a miner"
+            )
         groups = (None if ids is None else ids.to(embeddings.device) for ids in (labels, ref_labels))
         loss: Tensor = self.loss(embeddings, ref_emb, *groups)
         return loss

@@ -22,10 +22,11 @@ __all__ = ["SetRetrieval", "run_dictionaries"]
 class SetRetrieval(Metric):
     """R@k and median and mean rank, both ways, by smooth-Chamfer similarity: exact, by counting (`set_rank`).
 
-    ``update(x, y, x_group, y_group)`` takes a batch of sets of each side, ``[n, K, D]`` and ``[m, L, D]``, which need not
-    be as many, and their ids; sets of equal ids are relevant to each other. Without ids x[i] and y[i] of one update are.
-    ``compute()`` gives a dict of 0-dim tensors, ready for ``log_dict`` of Lightning: ``x_to_y_r1`` and so on in percent,
-    ``x_to_y_median_rank``, ``x_to_y_mean_rank`` (from 1), the same for ``y_to_x``, and ``rsum``, the sum of all R@k.
+    ``update(x, y, x_group, y_group)`` takes a batch of sets of each side, ``[n, K, D]`` and ``[m, L, D]``, which need
+    not be as many, and their ids; sets of equal ids are relevant to each other. Without ids x[i] and y[i] of one update
+    are. ``compute()`` gives a dict of 0-dim tensors, ready for ``log_dict`` of Lightning: ``x_to_y_r1`` and so on in
+    percent, ``x_to_y_median_rank`` (of an even number rounded down) and ``x_to_y_mean_rank`` from 1, the same for
+    ``y_to_x``, and ``rsum``, the sum of all R@k.
 
     Args:
         ks: the k of R@k.
@@ -44,7 +45,7 @@ class SetRetrieval(Metric):
         self.ks, self.alpha = tuple(ks), alpha
         for name in ("x", "y", "x_group", "y_group"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
-        self.add_state("pairs", default=torch.tensor(0), dist_reduce_fx=None)
+        self._pairs = 0
 
     def update(self, x: Tensor, y: Tensor, x_group: Tensor | None = None, y_group: Tensor | None = None) -> None:
         if (x_group is None) != (y_group is None):
@@ -61,9 +62,9 @@ class SetRetrieval(Metric):
         rank, ranks = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        first = int(self.pairs)
-        self.pairs += count
-        return (torch.arange(first, first + count, device=device)) * ranks + rank
+        first = self._pairs
+        self._pairs += count
+        return torch.arange(first, first + count, device=device) * ranks + rank
 
     def compute(self) -> dict[str, Tensor]:
         x, y, x_group, y_group = (dim_zero_cat(getattr(self, name)) for name in ("x", "y", "x_group", "y_group"))
@@ -74,7 +75,8 @@ class SetRetrieval(Metric):
                 found[f"{direction}_r{k}"] = 100 * (rank < k).float().mean()
         found["rsum"] = torch.stack(list(found.values())).sum()
         for direction, rank in (("x_to_y", ranks.x), ("y_to_x", ranks.y)):
-            found[f"{direction}_median_rank"] = 1 + rank.float().quantile(0.5, interpolation="lower")
+            middle = rank.sort().values[[(len(rank) - 1) // 2, len(rank) // 2]]
+            found[f"{direction}_median_rank"] = 1.0 + middle.sum() // 2
             found[f"{direction}_mean_rank"] = 1 + rank.float().mean()
         return found
 
@@ -90,15 +92,15 @@ def run_dictionaries(
     k: int = 100,
     **options: Any,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
-    """What `set_topk` finds as a run ``{query: {document: similarity}}``, and what is relevant, ``{query: {document: 1}}``:
+    """What `set_topk` finds as a run ``{query: {document: similarity}}``, and what is relevant likewise, with 1 each:
     ``ranx.evaluate(ranx.Qrels(relevant), ranx.Run(run), ["recall@1", "mrr"])``.
 
     Args:
         queries: ``[N, K, D]``.
         gallery: ``[M, L, D]``.
         query_ids, gallery_ids: names; unless given "0", "1", ...
-        query_group, gallery_group: integers ``[N]``, ``[M]``: equal ids are relevant to each other. Without them nothing
-            is said to be, and the second dictionary is empty. A query with nothing relevant is not in it.
+        query_group, gallery_group: integers ``[N]``, ``[M]``: equal ids are relevant to each other. Without them
+            nothing is said to be, and the second dictionary is empty. A query with nothing relevant is not in it.
         k: how many documents of each query, at most M.
         options: of `set_topk`.
     """

@@ -54,9 +54,9 @@ def _score(own: Function, a: Tensor, b: Tensor, a_mask: Tensor | None, b_mask: T
         scores: Tensor = own(a, b, a_mask, b_mask)
         return scores
     valid = None if b_mask is None else b_mask.bool()
-    wide = {"out_dtype": torch.float32} if a.dtype.itemsize == 2 else {}
     dtype = torch.float32 if a_mask is None else torch.promote_types(torch.float32, a_mask.dtype)
-    scores = _sets.similarity(_sets.weighted(a, a_mask), _sets.only(b, valid), pairs=pairs, **wide).to(dtype)
+    x, y = _sets.weighted(a, a_mask), _sets.only(b, valid)
+    scores = _sets.similarity(x, y, pairs=pairs, out_dtype=_sets.wide(x)).to(dtype)
     if valid is not None:
         from sentence_transformers.util.similarity import _fill_empty_document_scores
 

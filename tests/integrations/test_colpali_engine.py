@@ -124,9 +124,7 @@ def test_scoring_of_padded_tensors_and_of_nothing() -> None:
             score_multi_vector([], [d[0]])
 
 
-def test_an_explicit_backend_is_the_packages(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_an_explicit_backend_is_the_packages(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setenv("COLPALI_SCORES_BACKEND", "torch")
     (q, d, n), _ = batch(False)
     with patch_colpali_engine(), Calls() as calls:

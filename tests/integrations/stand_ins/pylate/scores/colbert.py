@@ -45,9 +45,7 @@ def colbert_scores_pairwise(
     queries_embeddings: Any, documents_embeddings: Any, backend: str | None = None
 ) -> torch.Tensor:
     pairs = zip(queries_embeddings, documents_embeddings)  # noqa: B905 -- as there
-    return torch.stack(
-        [_sum_of_maxima(convert_to_tensor(q) @ convert_to_tensor(d).mT, None, None) for q, d in pairs]
-    )
+    return torch.stack([_sum_of_maxima(convert_to_tensor(q) @ convert_to_tensor(d).mT, None, None) for q, d in pairs])
 
 
 class ColBERTScores:
