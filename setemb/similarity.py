@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+import setemb_kernels
 from setemb_kernels import smooth_chamfer
 
 Similarity = Literal["smooth_chamfer", "chamfer", "max", "match_probability", "cosine"]
@@ -38,8 +39,8 @@ def set_similarity(
     cosine            the dot product of their only vectors; K = L = 1
     ================= ====================================================================================
 
-    For K = L = 1 all but match_probability are equal. The scores of all pairs of vectors are stored, but of
-    smooth_chamfer and cosine. Of equally close pairs the first gets the gradient.
+    For K = L = 1 all but match_probability are equal. The scores of all pairs of vectors are not stored. Of equally
+    close pairs the first gets the gradient. More kinds and forms: `setemb_kernels.set_similarity`.
 
     Args:
         x: ``[N, K, D]``.
@@ -73,28 +74,4 @@ def set_similarity(
         for name, sets, mask in (("x_mask", x, x_mask), ("y_mask", y, y_mask)):
             if mask is not None and (mask.dtype != torch.bool or mask.shape != sets.shape[:2]):
                 raise ValueError(f"{name} must be bool {list(sets.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
-        scores = (x.flatten(0, 1) @ y.flatten(0, 1).T).view(*x.shape[:2], *y.shape[:2])  # [N, K, M, L]
-        x_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if x_mask is None else x_mask
-        y_valid = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if y_mask is None else y_mask
-        valid = x_valid[:, :, None, None] & y_valid
-        empty = ~(x_valid.any(1)[:, None] & y_valid.any(1))
-        if kind == "match_probability":
-            # torch.where and not a product: what is masked may be infinite
-            matches = torch.where(valid, torch.sigmoid(scale * scores + bias), 0).sum((1, 3))
-            result = matches / valid.sum((1, 3)).clamp(min=1)
-        else:
-            scores = scores.masked_fill(~valid, -torch.inf)
-            of_x = _largest(scores, 3)  # [N, K, M]
-            if kind == "max":
-                result = _largest(of_x, 1)
-            else:
-                of_x = torch.where(x_valid[:, :, None], of_x, 0).sum(1)
-                of_y = torch.where(y_valid, _largest(scores, 1), 0).sum(2)
-                x_count, y_count = x_valid.sum(1).clamp(min=1), y_valid.sum(1).clamp(min=1)
-                result = 0.5 * of_x / x_count[:, None] + 0.5 * of_y / y_count
-        return result.masked_fill(empty, 0.0)
-
-
-def _largest(values: Tensor, dim: int) -> Tensor:
-    """The maximum; of equals the first gets the gradient (amax would share it, max gives it to any)."""
-    return values.take_along_dim(values.argmax(dim, keepdim=True), dim).squeeze(dim)
+        return setemb_kernels.set_similarity(x, y, kind, scale=scale, bias=bias, x_mask=x_mask, y_mask=y_mask)

@@ -1,1 +1,1 @@
-"""Similarities of sets of any sizes: Chamfer, MaxSim, their soft forms and others. `op` is the place to start reading."""
+"""Similarities of sets of any sizes: Chamfer, MaxSim, soft forms and others. `op` is the place to start reading."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def packed(name: str, v: Tensor, mask: Tensor | None, offsets: Tensor | None) ->
     return PackedSets(v, offsets.to(torch.int64))
 
 
-def _of_nested(name: str, v: Tensor) -> PackedSets:
+def _of_nested(name: str, v: Any) -> PackedSets:
     if v.layout != torch.jagged:
         raise ValueError(f"{name}: expected a nested tensor of layout torch.jagged, got {v.layout}")
     if v.dim() != 3 or v.lengths() is not None:
@@ -85,16 +85,16 @@ def means(sets: PackedSets) -> tuple[Tensor, Tensor]:
 
 def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
     """Offsets whose values can be read without waiting for a device."""
-    values = offsets.tolist()
-    if values[0] != 0 or values[-1] > rows or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if int(offsets[0]) != 0 or int(offsets[-1]) > rows or bool((offsets.diff() < 0).any()):
         raise ValueError(
-            f"{name}: expected offsets from 0 that never decrease, at most {rows}, got {values[:4]}..{values[-1]}"
+            f"{name}: expected offsets from 0 that never decrease, at most {rows}, got {offsets[:4].tolist()}.."
         )
 
 
 def check_candidates(candidates: Tensor, sets: int) -> None:
-    if candidates.numel() and not (-1 <= int(candidates.min()) and int(candidates.max()) < sets):
+    """Candidates whose values can be read, likewise."""
+    least, most = (int(v) for v in candidates.aminmax()) if candidates.numel() else (-1, -1)
+    if least < -1 or most >= sets:
         raise ValueError(
-            f"candidates: expected -1 (none) or the index of one of {sets} sets of y, got "
-            f"{int(candidates.min())} to {int(candidates.max())}"
+            f"candidates: expected -1 (none) or the index of one of {sets} sets of y, got {least} to {most}"
         )

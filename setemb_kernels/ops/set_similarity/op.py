@@ -59,11 +59,10 @@ def set_similarity(
     match_probability :math:`\frac{1}{|X| |Y|} \sum_{kl} \sigma(\text{scale} \, c_{kl} + \text{bias})`
     ================= ================================================================================================
 
-    No scores of all pairs of vectors are stored, in the forward or in the backward pass, which makes them again. Sets of
-    any size are streamed through a tile. A maximum gives its gradient to exactly one vector: of equals that of the
-    lowest index, for "max" the lowest (k, l) in row order. What is out of the range of the result's dtype becomes its
-    largest finite value; the result is finite where the dot products are. A NaN reaches only the pairs of the set that
-    holds it.
+    No scores of all pairs of vectors are stored, in the forward or in the backward pass, which makes them again. Sets
+    of any size are streamed through a tile. A maximum gives its gradient to exactly one vector: of equals that of the
+    lowest index, for "max" the lowest (k, l) in row order. The result is finite where the dot products are: what is out
+    of the range of its dtype becomes the largest finite value. A NaN reaches only the pairs of the set that holds it.
 
     Args:
         x, y: sets of vectors in one of three forms, which may differ between the sides; float32, bfloat16, float16 or
@@ -75,8 +74,8 @@ def set_similarity(
             gradient.
         scale, bias: of match_probability; numbers or 0-dim tensors that may require gradients.
         reduction: of maxsim and soft_maxsim: "sum" over the vectors of X, or their "mean".
-        x_mask, y_mask: bool ``[N, K]`` and ``[M, L]``, True = valid, beside padded sets. A vector that is not valid does
-            not exist, whatever it holds, and gets gradient 0. The valid rows are copied once.
+        x_mask, y_mask: bool ``[N, K]`` and ``[M, L]``, True = valid, beside padded sets. A vector that is not valid
+            does not exist, whatever it holds, and gets gradient 0. The valid rows are copied once.
         x_offsets, y_offsets: int32 or int64 ``[N + 1]`` and ``[M + 1]``, on the device of x: set i is the rows
             ``offsets[i]`` to ``offsets[i + 1]`` (cu_seqlens). On a GPU their values are not checked.
         pairs: "all", or "paired": set i of x with set i of y alone.
@@ -85,16 +84,16 @@ def set_similarity(
             accumulated in float32 and then not rounded.
 
     Returns:
-        ``[N, M]`` in the dtype of x or `out_dtype`; ``[N]`` for "paired"; ``[N, C]`` for candidates. A pair in which one
-        set has no vector has similarity 0 and passes no gradient. Gradients flow to x, y, alpha, scale and bias, once: a
-        second derivative raises.
+        ``[N, M]`` in the dtype of x or `out_dtype`; ``[N]`` for "paired"; ``[N, C]`` for candidates. A pair in which
+        one set has no vector has similarity 0 and passes no gradient. Gradients flow to x, y, alpha, scale and bias,
+        once: a second derivative raises.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
 
     Sources: Kim, Kim, Kwak, "Improving Cross-Modal Retrieval with Set of Diverse Embeddings", CVPR 2023; Khattab,
-    Zaharia, "ColBERT: efficient and effective passage search via contextualized late interaction over BERT", SIGIR 2020;
-    Chun et al., "Probabilistic embeddings for cross-modal retrieval" (PCME), CVPR 2021.
+    Zaharia, "ColBERT: efficient and effective passage search via contextualized late interaction over BERT", SIGIR
+    2020; Chun et al., "Probabilistic embeddings for cross-modal retrieval" (PCME), CVPR 2021.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -174,7 +173,7 @@ def _candidates(xs: PackedSets, ys: PackedSets, pairs: str, candidates: Tensor |
 
 
 def _product_of_means(xs: PackedSets, ys: PackedSets, candidates: Tensor | None, wide: bool) -> Tensor:
-    """The mean over all pairs is the dot product of the means: sets of one vector, whose closest pair is the only one."""
+    """The mean over all pairs is the dot product of the means: sets of one vector, whose only pair is the closest."""
     device = xs.rows.device.type
     dtype = xs.rows.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -222,9 +221,7 @@ def _triton() -> ModuleType:
     return triton
 
 
-BACKENDS = OpBackends(
-    "set_similarity", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16)
-)
+BACKENDS = OpBackends("set_similarity", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16))
 
 
 @torch.library.impl(FORWARD, "CompositeExplicitAutograd")

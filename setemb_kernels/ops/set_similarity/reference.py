@@ -1,8 +1,8 @@
 """The similarities of `op.set_similarity` in plain torch: the specification, forward and explicit backward, and the
 fallback.
 
-Sets are packed: set i of x is the rows ``x_offsets[i]`` to ``x_offsets[i + 1]`` of x; rows beyond the last offset belong
-to no set. With ``c_kl`` the dot products of one pair of sets, g its upstream gradient, ``p_k`` the softmax of
+Sets are packed: set i of x is the rows ``x_offsets[i]`` to ``x_offsets[i + 1]`` of x; rows beyond the last offset
+belong to no set. With ``c_kl`` the dot products of one pair of sets, g its upstream gradient, ``p_k`` the softmax of
 ``alpha c_kl`` over l, ``q_l`` that over k, ``[l = l*(k)]`` 1 at the largest of row k (the first of equals), else 0:
 
     similarity          w_kl = ds/dc_kl
@@ -17,9 +17,9 @@ to no set. With ``c_kl`` the dot products of one pair of sets, g its upstream gr
     ds/dalpha = -(sum over the softmaxes of weight times entropy) / alpha^2      (see smooth_chamfer's reference)
     ds/dscale = sum of e (1 - e) c_kl / (|X| |Y|),      ds/dbias = sum of e (1 - e) / (|X| |Y|)
 
-16-bit inputs are computed in float32, float32 and float64 in themselves. What is out of range of the result's type
-becomes its largest finite value; so is what is finite for scores that are finite. Sets are padded a block at a time, and
-blocks of pairs hold ``BLOCK_ELEMENTS`` scores, or one pair's.
+16-bit inputs are computed in float32, float32 and float64 in themselves. Where the scores are finite so is the
+similarity; what is out of range of its type becomes the largest finite value. Sets are padded a block at a time, and a
+block of pairs holds ``BLOCK_ELEMENTS`` scores, or one pair's.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def backward(
     dtype = accumulate_dtype(x.dtype)
     grad_x = torch.zeros_like(x, dtype=dtype) if need_x else None
     grad_y = torch.zeros_like(y, dtype=dtype) if need_y else None
-    grad_alpha, grad_bias = torch.zeros(2, dtype=torch.float64, device=x.device).unbind()
+    grad_alpha = torch.zeros((), dtype=torch.float64, device=x.device)
+    grad_bias = torch.zeros_like(grad_alpha)
     for t in _tiles(x, x_offsets, y, y_offsets, candidates):
         g = torch.where(t.present, grad[t.where].to(dtype), 0)[..., None, None]
         w, by_alpha, by_bias = _weights(t, a, kind, mean)
@@ -147,9 +148,7 @@ def backward(
     )
 
 
-def _check(
-    x: Tensor, x_offsets: Tensor, y: Tensor, y_offsets: Tensor, candidates: Tensor | None
-) -> tuple[int, int]:
+def _check(x: Tensor, x_offsets: Tensor, y: Tensor, y_offsets: Tensor, candidates: Tensor | None) -> tuple[int, int]:
     N, M = len(x_offsets) - 1, len(y_offsets) - 1
     if x.device.type == "cpu":
         check_offsets("x_offsets", x_offsets, len(x))
@@ -167,9 +166,7 @@ def _sharpness(alpha: Tensor, bias: Tensor, x: Tensor) -> _Sharpness:
     return _Sharpness(alpha.clamp(-limits.max, limits.max).to(dtype), inverse.to(dtype), bias.to(dtype))
 
 
-def _tiles(
-    x: Tensor, x_offsets: Tensor, y: Tensor, y_offsets: Tensor, candidates: Tensor | None
-) -> Iterator[_Tile]:
+def _tiles(x: Tensor, x_offsets: Tensor, y: Tensor, y_offsets: Tensor, candidates: Tensor | None) -> Iterator[_Tile]:
     N, M = len(x_offsets) - 1, len(y_offsets) - 1
     scores = _longest(x_offsets) * _longest(y_offsets)
     if N == 0 or M == 0 or scores == 0:
@@ -261,8 +258,8 @@ def _weights(t: _Tile, a: _Sharpness, kind: str, mean: bool) -> tuple[Tensor, Te
     valid = t.x_valid & t.y_valid
     nothing = torch.zeros_like(t.c[..., 0, 0])
     if kind == "match_probability":
-        e = torch.sigmoid(a.alpha * t.c + a.bias)
-        slope = torch.where(valid, e * (1 - e), 0) * t.x_weight * t.y_weight
+        z = a.alpha * t.c + a.bias
+        slope = torch.where(valid, torch.sigmoid(z) * torch.sigmoid(-z), 0) * t.x_weight * t.y_weight
         by_scale = torch.where(slope != 0, slope * t.c, 0)  # 0 * inf
         return slope * a.alpha, by_scale.sum((2, 3)), slope.sum((2, 3))
     if kind == "max":

@@ -18,9 +18,7 @@ TABLE = [
 def run_op(i: Inputs, wide: bool = False) -> Results:
     """Forward and backward through the op and autograd."""
     x, y, alpha, bias = (v.detach().requires_grad_() for v in (i.x, i.y, i.alpha, i.bias))
-    s = torch.ops.setemb.set_similarity(
-        x, i.x_offsets, y, i.y_offsets, i.candidates, alpha, bias, i.kind, i.mean, wide
-    )
+    s = torch.ops.setemb.set_similarity(x, i.x_offsets, y, i.y_offsets, i.candidates, alpha, bias, i.kind, i.mean, wide)
     s.backward(i.grad)
     assert x.grad is not None and y.grad is not None and alpha.grad is not None and bias.grad is not None
     return s.detach(), x.grad, y.grad, alpha.grad, bias.grad
