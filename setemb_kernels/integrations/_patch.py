@@ -27,16 +27,17 @@ class Patch:
         self._functions: list[tuple[Function, Function]] = []
         self._attributes: list[tuple[type, str, Any]] = []
 
-    def function(self, module: str, name: str, ours: Function) -> None:
-        """Replace a function everywhere that it is held by name: in every module that is loaded (the package's, and
-        those that imported it from there), and as a default argument in the package's functions.
+    def functions(self, module: str, **ours: Function) -> None:
+        """Replace functions of a module everywhere that they are held by name: in every module that is loaded (the
+        package's, and those that imported them from there), and as default arguments of the package's functions.
 
-        ``ours(own, *args, **kwargs)``: `own` is the package's function.
+        Each is ``ours(own, *args, **kwargs)``: `own` is the package's function.
         """
-        current = self._found(importlib.import_module(module), name)
-        new = _standing_in(current, ours)
-        self._functions.append((current, new))
-        self._note(_swap(current, new, self.package))
+        holder = importlib.import_module(module)
+        current = {name: self._found(holder, name) for name in ours}
+        swaps = [(current[name], _standing_in(current[name], function)) for name, function in ours.items()]
+        self._functions += swaps
+        self._note(_swap(swaps, self.package))
 
     def method(self, owner: type, name: str, ours: Function) -> None:
         """Replace a method of a class, a static one by a static one. ``ours(own, *args, **kwargs)``."""
@@ -56,8 +57,8 @@ class Patch:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
-        for before, new in reversed(self._functions):
-            _swap(new, before, self.package)
+        if self._functions:
+            _swap([(new, before) for before, new in self._functions], self.package)
         self._attributes, self._functions, self.replaced = [], [], []
 
     def __enter__(self) -> list[str]:
@@ -112,20 +113,21 @@ def _standing_in(current: Function, ours: Function) -> Function:
     return function
 
 
-def _swap(old: Function, new: Function, package: str) -> list[str]:
+def _swap(swaps: list[tuple[Function, Function]], package: str) -> list[str]:
+    """Put the second of each pair where the first is; says where. One pass over thousands of modules."""
+    new_of = {id(old): new for old, new in swaps}
     places = []
     for module in list(sys.modules.values()):
         if not isinstance(module, ModuleType):
             continue  # a stand-in of somebody's
         names = vars(module)
-        for name in [name for name, value in list(names.items()) if value is old]:
-            names[name] = new
+        for name in [name for name, value in list(names.items()) if id(value) in new_of]:
+            names[name] = new_of[id(names[name])]
             places.append(f"{module.__name__}.{name}")
         if module.__name__.partition(".")[0] == package:
             for function in _functions(module):
-                argument = _swap_default(function, old, new)
-                if argument:
-                    places.append(f"{module.__name__}.{function.__qualname__}({argument})")
+                arguments = _swap_defaults(function, new_of)
+                places += [f"{module.__name__}.{function.__qualname__}({argument})" for argument in arguments]
     return places
 
 
@@ -140,12 +142,12 @@ def _functions(module: ModuleType) -> Iterator[Any]:
             yield from (method for method in vars(value).values() if inspect.isfunction(method))
 
 
-def _swap_default(function: Any, old: Function, new: Function) -> str:
-    """The name of the argument whose default is `old`; from now on it is `new`."""
-    for parameter in inspect.signature(function, follow_wrapped=False).parameters.values():
-        if parameter.default is old:
-            defaults, keywords = function.__defaults__ or (), function.__kwdefaults__ or {}
-            function.__defaults__ = tuple(new if value is old else value for value in defaults) or None
-            function.__kwdefaults__ = {k: new if v is old else v for k, v in keywords.items()} or None
-            return parameter.name
-    return ""
+def _swap_defaults(function: Any, new_of: dict[int, Function]) -> list[str]:
+    """The names of the arguments whose defaults were swapped."""
+    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    found = [parameter.name for parameter in parameters if id(parameter.default) in new_of]
+    if found:
+        defaults, keywords = function.__defaults__ or (), function.__kwdefaults__ or {}
+        function.__defaults__ = tuple(new_of.get(id(value), value) for value in defaults) or None
+        function.__kwdefaults__ = {name: new_of.get(id(value), value) for name, value in keywords.items()} or None
+    return found

@@ -50,8 +50,11 @@ def patch_colpali_engine(*, drop_masked: bool = False) -> Patch:
     from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
 
     patch = Patch("colpali_engine")
-    patch.function("colpali_engine.utils.maxsim", "maxsim_inbatch", partial(maxsim_inbatch, drop_masked))
-    patch.function("colpali_engine.utils.maxsim", "maxsim_kd", partial(maxsim_kd, drop_masked))
+    patch.functions(
+        "colpali_engine.utils.maxsim",
+        maxsim_inbatch=partial(maxsim_inbatch, drop_masked),
+        maxsim_kd=partial(maxsim_kd, drop_masked),
+    )
     patch.method(losses.ColbertModule, "_inbatch_scores", partial(inbatch_scores, drop_masked))
     for owner, inner in (
         (losses.ColbertNegativeCELoss, "inner_loss"),

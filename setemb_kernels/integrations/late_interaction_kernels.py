@@ -100,7 +100,7 @@ def maxsim_varlen(
     max_seqlen_q: int | None = None,
     max_seqlen_d: int | None = None,
 ) -> Tensor:
-    """All pairs ``[Nq, Nd]`` of packed sets: rows ``[X, d]`` and offsets ``[Nq + 1]``, rows ``[Y, d]`` and ``[Nd + 1]``."""
+    """All pairs ``[Nq, Nd]`` of packed sets: rows ``[X, d]``, offsets ``[Nq + 1]``; ``[Y, d]``, ``[Nd + 1]``."""
     return _wide(_sets.Sets(Q_packed, cu_seqlens_q), _sets.Sets(D_packed, cu_seqlens_d))
 
 

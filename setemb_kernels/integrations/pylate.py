@@ -45,12 +45,12 @@ def patch_pylate(*, drop_masked: bool = False) -> Patch:
     from pylate.scores.colbert import ColBERTScores
 
     patch = Patch("pylate")
-    for name, ours in (
-        ("colbert_scores", colbert_scores),
-        ("colbert_kd_scores", colbert_kd_scores),
-        ("colbert_scores_pairwise", colbert_scores_pairwise),
-    ):
-        patch.function("pylate.scores.colbert", name, partial(ours, drop_masked))
+    patch.functions(
+        "pylate.scores.colbert",
+        colbert_scores=partial(colbert_scores, drop_masked),
+        colbert_kd_scores=partial(colbert_kd_scores, drop_masked),
+        colbert_scores_pairwise=partial(colbert_scores_pairwise, drop_masked),
+    )
     patch.method(ColBERTScores, "__call__", partial(scores_of_groups, drop_masked))
     return patch
 

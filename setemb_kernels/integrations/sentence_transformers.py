@@ -34,8 +34,7 @@ def patch_sentence_transformers() -> Patch:
     """
     package("sentence_transformers", "sentence-transformers >= 6.0", MODULE)
     patch = Patch("sentence_transformers")
-    patch.function(MODULE, "_maxsim_score_documents", score_documents)
-    patch.function(MODULE, "_maxsim_score_pairs", score_pairs)
+    patch.functions(MODULE, _maxsim_score_documents=score_documents, _maxsim_score_pairs=score_pairs)
     return patch
 
 

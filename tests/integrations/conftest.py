@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from benchmarks.integrations import import_without_models
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 
@@ -32,7 +33,7 @@ def _provide(name: str, which: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
     if which == "package":
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-        _import_without_its_models(name)
+        import_without_models(name)
         yield which
         return
     for module in modules_of(name):
@@ -42,18 +43,3 @@ def _provide(name: str, which: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
     yield which
     for module in modules_of(name):
         del sys.modules[module]
-
-
-def _import_without_its_models(name: str) -> None:
-    """colpali-engine imports all its models, and so torchvision; where that is absent its losses and its scoring are
-    imported without them."""
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        for module in modules_of(name):
-            del sys.modules[module]
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        package = types.ModuleType(name)
-        package.__path__ = list(spec.submodule_search_locations or [])
-        sys.modules[name] = package

@@ -232,7 +232,7 @@ def test_blocks_nest_and_end_with_an_error() -> None:
             assert s.colbert_scores(q, d, documents_mask=mask, backend="torch").item() == 0  # the package's, not ours
         assert s.colbert_scores is exact and s.colbert_scores(q, d, documents_mask=mask).item() == 0
     assert s.colbert_scores is own
-    with pytest.raises(RuntimeError), patch_pylate():
+    with pytest.raises(ValueError, match="y: expected 2 features"), patch_pylate():
         s.colbert_scores(q, torch.ones(1, 2, 3))
     assert s.colbert_scores is own
 
