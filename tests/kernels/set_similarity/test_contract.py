@@ -219,7 +219,8 @@ def test_compile_full_graph_and_dynamic(kind: Any, form: str) -> None:
             if form == "masked":
                 given = {"y_mask": torch.rand(m, k + 1, generator=torch.Generator().manual_seed(2)) < 0.7}
             if form == "packed":
-                a, b = x.flatten(0, 1), y.flatten(0, 1)
+                a = x = sets(n * k, 24, dtype=torch.float32)
+                b = y = sets(m * (k + 1), 24, dtype=torch.float32, seed=1)
                 given = {f"{side}_offsets": torch.arange(c + 1) * s for side, c, s in (("x", n, k), ("y", m, k + 1))}
             value = function(a, b, number, given)
             value.backward()
