@@ -67,11 +67,13 @@ def test_scores(padded: bool) -> None:
     same(lambda q, d, n: maxsim().maxsim_kd(q, n) + d.sum(), padded, 3)
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("options", [{}, {"normalize_scores": False}, {"pos_aware_negative_filtering": True}])
+@pytest.mark.parametrize(
+    ("padded", "options"),
+    [(False, {}), (True, {}), (True, {"normalize_scores": False}), (True, {"pos_aware_negative_filtering": True})],
+)
 @pytest.mark.parametrize("name", LOSSES + WITH_NEGATIVES)
-def test_losses(name: str, options: dict[str, bool], smooth: bool, padded: bool) -> None:
+def test_losses(name: str, padded: bool, options: dict[str, bool], smooth: bool) -> None:
     loss = getattr(losses(), name)(use_smooth_max=smooth, temperature=0.3, **options)  # made before
     same(loss, padded, 3 if name in WITH_NEGATIVES else 2)
 
