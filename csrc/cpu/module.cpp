@@ -12,6 +12,7 @@ void register_ops() {
   static StableLibrary library(StableLibrary::Kind::IMPL, "setemb", "CPU", __FILE__, __LINE__);
   register_smooth_chamfer(library);
   register_slot_attention(library);
+  register_set_similarity(library);
 }
 
 pybind11::dict build_info() {

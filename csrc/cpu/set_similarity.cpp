@@ -1,0 +1,545 @@
+// Similarities of sets of any sizes on the CPU, forward and backward. The formulas and their derivatives in words:
+// setemb_kernels/ops/set_similarity/reference.py.
+//
+// A group of sets of x becomes the columns of tiles, and sets of y walk by as rows (set_similarity_scores.h); what the
+// similarity does with a tile happens while it is in cache (set_similarity_tile.h). All pairs, pairs and candidates
+// differ in who meets whom alone. Working memory is a tile and a group for each thread, whatever N, M and the sets.
+//
+// The backward pass makes scores again. Tasks that own sets of x add up dX, then tasks that own sets of y add up dY, each
+// output element by one task in one order: the result does not depend on the number of threads. Where the gradient of a
+// maximum is wanted for both, its places are kept in between if that takes no more memory than the gradients.
+#include "set_similarity.h"
+
+#include <limits>
+#include <vector>
+
+#include "set_similarity_scores.h"
+#include "set_similarity_tile.h"
+
+namespace setemb {
+namespace {
+
+constexpr int64_t kGroupColumns = 256;
+constexpr int64_t kRunRows = 1024;  // of y in a task, about
+
+struct Run {
+  int64_t first, last;
+};
+
+// Whole sets of about so many vectors.
+std::vector<Run> runs_of(const PackedSets& p, int64_t vectors) {
+  std::vector<Run> runs;
+  for (int64_t first = 0; first < p.sets;) {
+    int64_t last = first + 1;
+    while (last < p.sets && p.offsets[last + 1] - p.offsets[first] <= vectors && last - first < 4096) ++last;
+    runs.push_back({first, last});
+    first = last;
+  }
+  return runs;
+}
+
+// out += w row
+template <class T, class In>
+void add_row(T* __restrict out, T w, const In* __restrict row, int64_t features) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t d = 0;
+  for (; d + lanes <= features; d += lanes) store(out + d, load(out + d) + w * load_as<T>(row + d));
+  for (; d < features; ++d) out[d] += w * static_cast<T>(to_float(row[d]));
+}
+
+// Sums of many rows that are chosen one at a time: in parts, which are added up now and then, so that rounding does not
+// grow with how many there are.
+template <class T>
+class SumInParts {
+ public:
+  SumInParts(T* total, int64_t rows, int64_t features)
+      : total_(total), rows_(rows), features_(features), part_(rows * features) {
+    clear();
+  }
+
+  template <class In>
+  void add(int64_t row, T w, const In* values) {
+    if (count_ == 4 * rows_) flush();
+    ++count_;
+    add_row(part_.get() + row * features_, w, values, features_);
+  }
+
+  void flush() {
+    if (count_ == 0) return;
+    for (int64_t i = 0; i < rows_ * features_; ++i) total_[i] += part_.get()[i];
+    clear();
+  }
+
+ private:
+  void clear() {
+    std::fill_n(part_.get(), rows_ * features_, T(0));
+    count_ = 0;
+  }
+
+  T* const total_;
+  const int64_t rows_, features_;
+  const Buffer<T> part_;
+  int64_t count_ = 0;
+};
+
+// What one thread works with: a group of sets of x, and sets of y that meet it.
+template <class In, class P>
+class Worker {
+  using T = typename P::Acc;
+
+ public:
+  explicit Worker(const SimilarityProblem& p, bool backward_dense)
+      : p_(p), epilogue_(p), scores_(p, !backward_dense) {}
+
+  SetEpilogue<T>& epilogue() { return epilogue_; }
+
+  void select(Run sets) {
+    ColumnGroup<T> g;
+    g.first = sets.first, g.sets = sets.last - sets.first;
+    g.row = p_.x.offsets[sets.first];
+    g.columns = p_.x.offsets[sets.last] - g.row;
+    g.offsets = p_.x.offsets;
+    group_ = g;
+    epilogue_.select(g);
+    if (g.columns > 0) scores_.select(g);
+  }
+
+  // Calls done(j) for each set of y of a run that is not empty, once the epilogue has seen all of its rows; and
+  // seen(j, tile, rows, first row) for each part of it.
+  template <bool kGradient, class Seen, class Done>
+  void walk(Run run, const Seen& seen, const Done& done) {
+    if (group_.columns == 0) return;
+    const int64_t* const offsets = p_.y.offsets;
+    const int64_t end = offsets[run.last];
+    int64_t j = run.first;
+    for (int64_t top = offsets[run.first]; top < end;) {
+      const int64_t bottom = std::min(end, top + scores_.rows());
+      scores_.make(top, bottom - top);
+      for (; j < run.last && offsets[j] < bottom; ++j) {
+        if (offsets[j] == offsets[j + 1]) continue;
+        const int64_t a = std::max(offsets[j], top), b = std::min(offsets[j + 1], bottom);
+        if (a == offsets[j]) epilogue_.start();
+        const T* const tile = scores_.tile() + (a - top) * scores_.ld();
+        epilogue_.template update<kGradient>(tile, scores_.ld(), b - a, a - offsets[j]);
+        seen(j, tile, b - a, a);
+        if (offsets[j + 1] > bottom) break;
+        done(j);
+      }
+      top = bottom;
+    }
+  }
+
+  template <class Out>
+  void forward(Run run, int64_t slot, Out* out) {
+    walk<false>(
+        run, [](int64_t, const T*, int64_t, int64_t) {},
+        [&](int64_t j) {
+          epilogue_.finish();
+          const int64_t count = p_.y.offsets[j + 1] - p_.y.offsets[j];
+          for (int64_t s = 0; s < group_.sets; ++s) {
+            if (group_.size(s) == 0) continue;
+            Out& place = out[(group_.first + s) * p_.choices + (slot >= 0 ? slot : j)];
+            place = saturate<Out>(static_cast<T>(limited(epilogue_.similarity(s, count))));
+          }
+        });
+  }
+
+  // Calls by_column(column, row, w): w times the row of y goes to the column of x, and the other way round.
+  template <class Gradient, class Add>
+  void hard(Run run, const Gradient& g, const Add& add) {
+    const bool chamfer = p_.kind == SimilarityKind::kChamfer;
+    walk<true>(
+        run,
+        [&](int64_t j, const T* tile, int64_t rows, int64_t first) {
+          if (!chamfer) return;
+          const int64_t count = p_.y.offsets[j + 1] - p_.y.offsets[j];
+          for (int64_t s = 0; s < group_.sets; ++s) {
+            if (group_.size(s) == 0) continue;
+            const T w = static_cast<T>(SetEpilogue<T>::y_factor(g(group_.first + s, j), count));
+            for (int64_t r = 0; r < rows; ++r)
+              add(group_.row + epilogue_.largest_of_row(tile + r * scores_.ld(), s), first + r, w);
+          }
+        },
+        [&](int64_t j) {
+          const int64_t top = p_.y.offsets[j];
+          for (int64_t s = 0; s < group_.sets; ++s) {
+            if (group_.size(s) == 0) continue;
+            const double upstream = g(group_.first + s, j);
+            if (p_.kind == SimilarityKind::kMax) {
+              const int64_t c = epilogue_.largest(s);
+              add(group_.row + c, top + epilogue_.best_row(c), static_cast<T>(upstream));
+              continue;
+            }
+            const T w = static_cast<T>(epilogue_.x_factor(upstream, s));
+            for (int64_t c = group_.begin(s); c < group_.end(s); ++c)
+              add(group_.row + c, top + epilogue_.best_row(c), w);
+          }
+        });
+  }
+
+  // Calls consume(tile, ld, first row, rows) with tiles of weights g ds/dc.
+  template <class Gradient, class Consume>
+  void soft(Run run, const Gradient& g, bool sums, const Consume& consume) {
+    if (group_.columns == 0) return;
+    const int64_t* const offsets = p_.y.offsets;
+    for (int64_t j = run.first; j < run.last;) {
+      const int64_t top = offsets[j];
+      int64_t last = j + 1;  // as many whole sets as fit a tile
+      while (last < run.last && offsets[last + 1] - top <= scores_.rows()) ++last;
+      const int64_t rows = offsets[last] - top;
+      if (rows <= scores_.rows()) {
+        if (rows > 0) {
+          scores_.make(top, rows);
+          for (int64_t i = j; i < last; ++i) {
+            if (offsets[i] == offsets[i + 1]) continue;
+            T* const tile = scores_.tile() + (offsets[i] - top) * scores_.ld();
+            const int64_t count = offsets[i + 1] - offsets[i];
+            epilogue_.start();
+            epilogue_.template update<true>(tile, scores_.ld(), count, 0);
+            epilogue_.prepare_weights([&](int64_t s) { return g(group_.first + s, i); }, count, sums);
+            epilogue_.weights(tile, scores_.ld(), count, sums);
+          }
+          consume(scores_.tile(), scores_.ld(), top, rows);
+        }
+      } else {  // a long set: once for its sums, and again
+        walk<true>({j, j + 1}, [](int64_t, const T*, int64_t, int64_t) {}, [](int64_t) {});
+        epilogue_.prepare_weights([&](int64_t s) { return g(group_.first + s, j); }, rows, sums);
+        for (int64_t a = top; a < offsets[last]; a += scores_.rows()) {
+          const int64_t n = std::min(scores_.rows(), offsets[last] - a);
+          scores_.make(a, n);
+          epilogue_.weights(scores_.tile(), scores_.ld(), n, sums);
+          consume(scores_.tile(), scores_.ld(), a, n);
+        }
+      }
+      j = last;
+    }
+  }
+
+  // sum[column][D] += weights^T Y
+  void add_to_x(const T* tile, int64_t ld, int64_t first, int64_t rows, T* sum) {
+    pack(rows, [&](int64_t r) { return scores_.y_row(first + r); });
+    outputs(group_.columns, sum);
+    multiply<Plain<T>>({tile, kMicroRows, 1, ld}, {inner_.get(), kMicroColumns<Plain<T>> * rows},
+                       div_up(group_.columns, kMicroRows), p_.features, rows, out_.data(), true);
+  }
+
+  // sum[row][D] += weights X, `rows` rows; prepare_y once a group.
+  void prepare_y() {
+    pack(group_.columns, [&](int64_t c) { return scores_.x_row(group_.row + c); });
+  }
+  void add_to_y(const T* tile, int64_t ld, int64_t rows, T* sum) {
+    outputs(rows, sum);
+    multiply<Plain<T>>({tile, kMicroRows * ld, ld, 1}, {inner_.get(), kMicroColumns<Plain<T>> * group_.columns},
+                       div_up(rows, kMicroRows), p_.features, group_.columns, out_.data(), true);
+  }
+
+  const ColumnGroup<T>& group() const { return group_; }
+  const In* x_row(int64_t r) const { return scores_.x_row(r); }
+  const In* y_row(int64_t r) const { return scores_.y_row(r); }
+
+ private:
+  // What is finite stays finite in T.
+  static double limited(double v) {
+    constexpr double largest = Format<T>::largest;
+    return v > largest ? largest : v < -largest ? -largest : v;
+  }
+
+  template <class Row>
+  void pack(int64_t count, const Row& row) {
+    rows_.resize(count);
+    for (int64_t i = 0; i < count; ++i) rows_[i] = row(i);
+    const int64_t wanted = round_up(p_.features, kMicroColumns<Plain<T>>) * count;
+    if (wanted > inner_size_) inner_ = Buffer<T>(wanted), inner_size_ = wanted;
+    pack_inner<Plain<T>>(rows_.data(), count, p_.features, inner_.get());
+  }
+
+  void outputs(int64_t count, T* sum) {
+    if (p_.features > idle_size_) idle_ = Buffer<T>(p_.features), idle_size_ = p_.features;
+    out_.resize(round_up(count, kMicroRows));
+    for (int64_t i = 0; i < static_cast<int64_t>(out_.size()); ++i)
+      out_[i] = i < count ? sum + i * p_.features : idle_.get();
+    std::fill_n(idle_.get(), p_.features, T(0));
+  }
+
+  const SimilarityProblem p_;
+  ColumnGroup<T> group_{};
+  SetEpilogue<T> epilogue_;
+  SetScores<In, P> scores_;
+  Buffer<T> inner_, idle_;
+  int64_t inner_size_ = 0, idle_size_ = 0;
+  std::vector<const In*> rows_;
+  std::vector<T*> out_;
+};
+
+template <class In, class P>
+std::vector<Worker<In, P>> workers(const SimilarityProblem& p, bool backward_dense) {
+  std::vector<Worker<In, P>> all;
+  for (int64_t i = 0; i < threads(); ++i) all.emplace_back(p, backward_dense);
+  return all;
+}
+
+template <class In, class P, class Out>
+void forward_as(const SimilarityProblem& p, Out* out) {
+  const int64_t N = p.x.sets;
+  for (int64_t i = 0; i < N * p.choices; ++i) {
+    const bool none = p.candidates != nullptr && p.candidates[i] < 0;
+    out[i] = none ? round_to<Out>(-std::numeric_limits<AccOf<Out>>::infinity()) : Out{};
+  }
+  auto threads_work = workers<In, P>(p, false);
+  if (p.candidates != nullptr) {
+    run_tasks(N, [&](int64_t i, int64_t worker) {
+      Worker<In, P>& w = threads_work[worker];
+      w.select({i, i + 1});
+      for (int64_t slot = 0; slot < p.choices; ++slot) {
+        const int64_t j = p.candidates[i * p.choices + slot];
+        if (j >= 0) w.forward({j, j + 1}, slot, out);
+      }
+    });
+    return;
+  }
+  const std::vector<Run> groups = runs_of(p.x, kGroupColumns), runs = runs_of(p.y, kRunRows);
+  const int64_t G = static_cast<int64_t>(groups.size());
+  run_tasks(G * static_cast<int64_t>(runs.size()), [&](int64_t task, int64_t worker) {
+    threads_work[worker].select(groups[task % G]);
+    threads_work[worker].forward(runs[task / G], -1, out);
+  });
+}
+
+// Which pairs (set of x, place among its candidates) hold a set of y: those of set j are places[begin[j]..begin[j + 1]).
+struct Holders {
+  std::vector<int64_t> begin, places;
+
+  explicit Holders(const SimilarityProblem& p) : begin(p.y.sets + 1, 0) {
+    const int64_t count = p.x.sets * p.choices;
+    for (int64_t i = 0; i < count; ++i) {
+      if (p.candidates[i] >= 0) ++begin[p.candidates[i] + 1];
+    }
+    for (int64_t j = 0; j < p.y.sets; ++j) begin[j + 1] += begin[j];
+    places.resize(begin.back());
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < count; ++i) {
+      if (p.candidates[i] >= 0) places[next[p.candidates[i]]++] = i;
+    }
+  }
+};
+
+template <class In>
+class Backward {
+  using T = AccOf<In>;
+  using P = Plain<T>;
+
+ public:
+  Backward(const SimilarityProblem& p, const void* grad, bool wide, const SimilarityGradients& out)
+      : p_(p), grad_(grad), wide_(wide), out_(out), hard_(is_hard(p.kind)), workers_(workers<In, P>(p, !hard_)) {}
+
+  void run() {
+    const bool sums = out_.alpha != nullptr || out_.bias != nullptr;
+    const bool by_y = out_.y != nullptr, by_x = out_.x != nullptr || (sums && !hard_ && !by_y);
+    if (hard_ && !by_x && !by_y) return;
+    if (by_x) owned_by_x(sums);
+    if (by_y) owned_by_y(sums && !by_x);
+    if (out_.alpha != nullptr) {
+      const bool scale = p_.kind == SimilarityKind::kMatchProbability;
+      *out_.alpha = hard_ ? 0 : scale ? entropy_ : -entropy_ / p_.alpha / p_.alpha;
+    }
+    if (out_.bias != nullptr) *out_.bias = by_bias_;
+  }
+
+ private:
+  static bool is_hard(SimilarityKind kind) {
+    return kind == SimilarityKind::kChamfer || kind == SimilarityKind::kMaxSim || kind == SimilarityKind::kMax;
+  }
+
+  double gradient(int64_t i, int64_t slot) const {
+    const int64_t at = i * p_.choices + slot;
+    return wide_ ? static_cast<const T*>(grad_)[at] : to_float(static_cast<const In*>(grad_)[at]);
+  }
+
+  // Runs task(index, worker) and adds up, in the order of the tasks, what their epilogues added up.
+  template <class F>
+  void summed_tasks(int64_t count, bool sums, const F& task) {
+    std::vector<double> entropy(count, 0.0), by_bias(count, 0.0);
+    run_tasks(count, [&](int64_t i, int64_t worker) {
+      SetEpilogue<T>& e = workers_[worker].epilogue();
+      e.entropy = e.by_bias = 0;
+      task(i, workers_[worker]);
+      entropy[i] = e.entropy, by_bias[i] = e.by_bias;
+    });
+    for (int64_t i = 0; sums && i < count; ++i) entropy_ += entropy[i], by_bias_ += by_bias[i];
+  }
+
+  // Whether an array of `places` indices is smaller than the gradients.
+  bool worth_keeping(int64_t places) const {
+    return places * static_cast<int64_t>(sizeof(int32_t)) <=
+           (p_.x.rows + p_.y.rows) * p_.features * static_cast<int64_t>(sizeof(In));
+  }
+
+  void owned_by_x(bool sums) {
+    const std::vector<Run> groups = p_.candidates != nullptr ? runs_of(p_.x, -1) : runs_of(p_.x, group_columns());
+    if (p_.candidates == nullptr && hard_ && p_.kind == SimilarityKind::kMaxSim && out_.y != nullptr &&
+        worth_keeping(p_.y.sets * p_.x.rows)) {
+      kept_ = Buffer<int32_t>(p_.y.sets * p_.x.rows);
+      keeps_ = true;
+    }
+    summed_tasks(groups.size(), sums, [&](int64_t task, Worker<In, P>& w) {
+      w.select(groups[task]);
+      const int64_t columns = w.group().columns, row = w.group().row;
+      if (columns == 0) return;
+      Buffer<T> own;
+      T* sum = nullptr;
+      if (out_.x != nullptr) sum = sums_of(out_.x, row, columns, own);
+      SumInParts<T> parts(sum, hard_ ? columns : 0, p_.features);
+      const auto meet = [&](Run run, int64_t slot) {
+        const auto g = [&](int64_t i, int64_t j) { return gradient(i, slot >= 0 ? slot : j); };
+        if (hard_) {
+          const int64_t* const offsets = p_.y.offsets;
+          int64_t j = run.first;
+          w.hard(run, g, [&](int64_t column, int64_t y_row, T weight) {
+            parts.add(column - row, weight, w.y_row(y_row));
+            if (keeps_) {  // sets come one after the other
+              while (offsets[j + 1] <= y_row) ++j;
+              kept_.get()[j * p_.x.rows + column] = static_cast<int32_t>(y_row - offsets[j]);
+            }
+          });
+        } else {
+          w.soft(run, g, sums, [&](const T* tile, int64_t ld, int64_t first, int64_t rows) {
+            if (sum != nullptr) w.add_to_x(tile, ld, first, rows, sum);
+          });
+        }
+      };
+      if (p_.candidates == nullptr) {
+        meet({0, p_.y.sets}, -1);
+      } else {
+        const int64_t i = groups[task].first;
+        for (int64_t slot = 0; slot < p_.choices; ++slot) {
+          const int64_t j = p_.candidates[i * p_.choices + slot];
+          if (j >= 0) meet({j, j + 1}, slot);
+        }
+      }
+      parts.flush();
+      if (sum != nullptr) convert(sum, out_.x, row, columns);
+    });
+  }
+
+  void owned_by_y(bool sums) {
+    const bool all = p_.candidates == nullptr;
+    const Holders holders = all ? Holders(SimilarityProblem{{}, {}, 0, nullptr, 0, {}, false, 0, 0}) : Holders(p_);
+    const std::vector<Run> groups = runs_of(p_.x, kGroupColumns);
+    const std::vector<Run> runs = runs_of(p_.y, all ? kRunRows / 2 : -1);
+    summed_tasks(runs.size(), sums, [&](int64_t task, Worker<In, P>& w) {
+      const Run run = runs[task];
+      const int64_t top = p_.y.offsets[run.first], count = p_.y.offsets[run.last] - top;
+      if (count == 0) return;
+      Buffer<T> own;
+      T* const sum = sums_of(out_.y, top, count, own);
+      SumInParts<T> parts(sum, hard_ && !keeps_ ? count : 0, p_.features);
+      if (keeps_) {
+        add_kept(run, w, sum);
+      } else if (all) {
+        for (const Run group : groups) meet_y(group, run, -1, sums, w, sum, parts);
+      } else {
+        const int64_t j = run.first;
+        for (int64_t n = holders.begin[j]; n < holders.begin[j + 1]; ++n) {
+          const int64_t i = holders.places[n] / p_.choices;
+          meet_y({i, i + 1}, run, holders.places[n] % p_.choices, sums, w, sum, parts);
+        }
+      }
+      parts.flush();
+      convert(sum, out_.y, top, count);
+    });
+  }
+
+  void meet_y(Run group, Run run, int64_t slot, bool sums, Worker<In, P>& w, T* sum, SumInParts<T>& parts) {
+    const int64_t top = p_.y.offsets[run.first];
+    const auto g = [&](int64_t i, int64_t j) { return gradient(i, slot >= 0 ? slot : j); };
+    w.select(group);
+    if (w.group().columns == 0) return;
+    if (hard_) {
+      w.hard(run, g, [&](int64_t column, int64_t y_row, T weight) {
+        parts.add(y_row - top, weight, w.x_row(column));
+      });
+    } else {
+      w.prepare_y();
+      w.soft(run, g, sums, [&](const T* tile, int64_t ld, int64_t first, int64_t rows) {
+        w.add_to_y(tile, ld, rows, sum + (first - top) * p_.features);
+      });
+    }
+  }
+
+  // dY of maxsim from the places that were kept.
+  void add_kept(Run run, Worker<In, P>& w, T* sum) {
+    const int64_t top = p_.y.offsets[run.first];
+    for (int64_t j = run.first; j < run.last; ++j) {
+      if (p_.y.offsets[j] == p_.y.offsets[j + 1]) continue;
+      const int32_t* const places = kept_.get() + j * p_.x.rows;
+      SumInParts<T> parts(sum + (p_.y.offsets[j] - top) * p_.features, p_.y.offsets[j + 1] - p_.y.offsets[j], p_.features);
+      for (int64_t i = 0; i < p_.x.sets; ++i) {
+        const int64_t count = p_.x.offsets[i + 1] - p_.x.offsets[i];
+        if (count == 0) continue;
+        const double g = gradient(i, j);
+        const T weight = static_cast<T>(p_.mean ? g / static_cast<double>(count) : g);
+        for (int64_t k = p_.x.offsets[i]; k < p_.x.offsets[i + 1]; ++k)
+          parts.add(places[k], weight, w.x_row(k));
+      }
+      parts.flush();
+    }
+  }
+
+  // Columns in a group, so that there are enough of them for several threads.
+  int64_t group_columns() const { return std::clamp<int64_t>(p_.x.rows / 16, 32, kGroupColumns); }
+
+  // Zeros to add up rows of a gradient in: in place, or where its type is narrower in memory of their own.
+  T* sums_of(void* out, int64_t row, int64_t count, Buffer<T>& own) const {
+    if constexpr (std::is_same_v<In, T>) {
+      return static_cast<T*>(out) + row * p_.features;
+    } else {
+      own = Buffer<T>(count * p_.features);
+      std::fill_n(own.get(), count * p_.features, T(0));
+      return own.get();
+    }
+  }
+
+  void convert(const T* sum, void* out, int64_t row, int64_t count) const {
+    if constexpr (!std::is_same_v<In, T>) {
+      In* const to = static_cast<In*>(out) + row * p_.features;
+      for (int64_t i = 0; i < count * p_.features; ++i) to[i] = round_to<In>(sum[i]);
+    }
+  }
+
+  const SimilarityProblem p_;
+  const void* const grad_;
+  const bool wide_;
+  const SimilarityGradients out_;
+  const bool hard_;
+  std::vector<Worker<In, P>> workers_;
+  Buffer<int32_t> kept_;  // of maxsim: [set of y][vector of x], which vector of the set is the most similar
+  bool keeps_ = false;
+  double entropy_ = 0, by_bias_ = 0;
+};
+
+template <class In, class Out>
+void forward_with_policy(const SimilarityProblem& p, Out* out) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<In, bfloat16_t>) {
+    if (__builtin_cpu_supports("avx512bf16")) return forward_as<In, BFloat16Pairs>(p, out);
+  }
+#endif
+  forward_as<In, Plain<AccOf<In>>>(p, out);
+}
+
+}  // namespace
+
+void set_similarity_forward(DType dtype, const SimilarityProblem& problem, void* out, bool wide) {
+  with_type(dtype, [&](auto zero) {
+    using In = decltype(zero);
+    wide ? forward_with_policy<In>(problem, static_cast<AccOf<In>*>(out))
+         : forward_with_policy<In>(problem, static_cast<In*>(out));
+  });
+}
+
+void set_similarity_backward(DType dtype, const SimilarityProblem& problem, const void* grad, bool wide,
+                             const SimilarityGradients& out) {
+  with_type(dtype, [&](auto zero) { Backward<decltype(zero)>(problem, grad, wide, out).run(); });
+}
+
+}  // namespace setemb
