@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -66,8 +67,13 @@ def measure(
     device: str = "cpu",
     rounds: int = 9,
     peer_rounds: int = 3,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Row:
-    """Time `ours` with pytest-benchmark; before each of its rounds the floor, before the first ones the peers."""
+    """Time `ours` with pytest-benchmark; before each of its rounds the floor, before the first ones the peers.
+
+    `around`, entered and left outside of the measured time, is what makes ours of what it calls.
+    """
+    entered = ExitStack()
     times: dict[str, list[float]] = {"floor": [], "ours": []} | {name: [] for name in peers}
 
     def timed(name: str, function: Function) -> None:
@@ -78,16 +84,19 @@ def measure(
             for name, function in peers.items():
                 timed(name, function)
         timed("floor", floor)
+        entered.enter_context(around())
 
     def synchronous() -> None:
         ours()
         if device != "cpu":
             torch.cuda.synchronize()
 
-    for function in (floor, ours, *peers.values()):
+    for function in (floor, *peers.values()):
         function()  # compiles, allocates
+    with around():
+        ours()
     gc.collect()
-    benchmark.pedantic(synchronous, setup=others, rounds=rounds, iterations=1)
+    benchmark.pedantic(synchronous, setup=others, teardown=entered.close, rounds=rounds, iterations=1)
     times["ours"] = list(benchmark.stats.stats.data)
     row.milliseconds = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     row.spread = {name: _spread(values) for name, values in times.items()}

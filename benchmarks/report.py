@@ -1,7 +1,8 @@
-"""Writes the README's tables of figures from the files under benchmarks/results, and from nothing else.
+"""Writes the tables of figures from the files under benchmarks/results, and from nothing else.
 
 python -m benchmarks.report          # print
-python -m benchmarks.report --write  # into README.md, between the markers; figures beside the result files
+python -m benchmarks.report --write  # into README.md and docs/integrations.md, between the markers; figures beside
+                                     # the result files
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from benchmarks.figure import Bars
 from benchmarks.figure import figure as draw
 
 ROOT = Path(__file__).parent.parent
+INTEGRATION = "integration"
+"""The op of rows of drop-ins, whose table is in docs/integrations.md."""
+
 START, END = "<!-- figures: made by `python -m benchmarks.report --write` -->", "<!-- end of figures -->"
 
 
@@ -24,13 +28,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     if parser.parse_args().write:
-        readme = ROOT / "README.md"
-        before, after = outside(readme.read_text())
         for path, figure in figures():
             path.write_text(figure)
-        readme.write_text(before + START + "\n" + tables() + END + after)
+        for document, make in DOCUMENTS.items():
+            before, after = outside((ROOT / document).read_text())
+            (ROOT / document).write_text(before + START + "\n" + make() + END + after)
     else:
-        print(tables(), end="")
+        print(*(make() for make in DOCUMENTS.values()), sep="\n", end="")
 
 
 def outside(text: str) -> tuple[str, str]:
@@ -97,6 +101,36 @@ def _figure(contents: list[dict[str, Any]]) -> str:
     return draw(f"{contents[-1]['device']}: times beside the plain products of the same operands", bars)
 
 
+def drop_ins(folder: Path = RESULTS) -> str:
+    """A table of time and memory with and without each drop-in, the newest figures of each CPU."""
+    devices: dict[str, dict[str, dict[str, Any]]] = {}
+    for content in read(folder):
+        for row in content["rows"] if content.get("kind") != "gpu" else ():
+            if row["op"] == INTEGRATION:
+                devices.setdefault(content["device"], {})[row["name"]] = row | {"date": content["date"]}
+    if not devices:
+        return "\nNothing has been measured yet.\n"
+    lines = []
+    for device, rows in devices.items():
+        lines += [
+            "",
+            f"**{device}**",
+            "",
+            "| | beside | its own, ms | ours, ms | ours / its own | its own, MiB | ours, MiB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in rows.items():
+            if "memory_mib" in row:
+                continue
+            ms = row["milliseconds"]
+            memory = [rows.get(f"peak memory, {which}: {name}") for which in ("own", "ours")]
+            mib = ["" if m is None else f"{m['memory_mib']:.0f}" for m in memory]
+            cells = [name, f"{row['floor']} ({row['date']})", f"{ms['floor']:.1f}", f"{ms['ours']:.1f}"]
+            cells += [f"{row['ratio']:.2f}", *mib]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _table(contents: list[dict[str, Any]]) -> str:
     newest = contents[-1]
     cuda = f", CUDA {newest['versions']['cuda']}" if newest["versions"]["cuda"] else ""
@@ -112,6 +146,8 @@ def _table(contents: list[dict[str, Any]]) -> str:
     ]
     memory, sections = [], []
     for row in _newest_rows(contents):
+        if row["op"] == INTEGRATION:
+            continue
         if "batches" in row:
             figures = ", ".join(f"{name} {size:,}" for name, size in row["batches"].items())
             memory.append(f"| {row['op']} {row['name']} | {figures} |")
@@ -148,6 +184,9 @@ def _sections(row: dict[str, Any]) -> list[str]:
         cells = [f"{times[column]:.0f}" if column in times else "" for column in columns]
         lines.append(f"| {' | '.join([part, *cells, f'{100 * sum(times.values()) / whole:.0f} %'])} |")
     return lines
+
+
+DOCUMENTS = {"README.md": tables, "docs/integrations.md": drop_ins}
 
 
 if __name__ == "__main__":

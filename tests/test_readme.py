@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.report import END, START, figures, tables
+import pytest
+
+from benchmarks.report import DOCUMENTS, END, START, figures
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_figures_come_from_the_result_files() -> None:
-    inside = (ROOT / "README.md").read_text().split(START)[1].split(END)[0].lstrip("\n")
-    assert inside == tables().lstrip("\n"), "run `python -m benchmarks.report --write`"
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_figures_come_from_the_result_files(document: str) -> None:
+    inside = (ROOT / document).read_text().split(START)[1].split(END)[0].lstrip("\n")
+    assert inside == DOCUMENTS[document]().lstrip("\n"), "run `python -m benchmarks.report --write`"
+
+
+def test_drawings_come_from_the_result_files() -> None:
     for path, figure in figures():
         assert path.read_text() == figure, "run `python -m benchmarks.report --write`"
 

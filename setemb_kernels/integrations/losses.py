@@ -1,0 +1,147 @@
+"""The losses over sets as modules: for a Lightning module or a training loop, and for pytorch-metric-learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from setemb_kernels.losses import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
+
+__all__ = ["MetricLearningLoss", "SetInfoNCELoss", "SetSigmoidLoss", "SetTripletLoss"]
+
+
+class _SetLoss(nn.Module):
+    """One of the functions with what stays the same from batch to batch."""
+
+    function: Callable[..., Tensor]
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of the function."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_group: Tensor | None = None,
+        y_group: Tensor | None = None,
+        *,
+        x_mask: Tensor | None = None,
+        y_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Sets ``[N, K, D]`` and ``[M, L, D]``; those of equal ids belong together, without ids x[i] and y[i]."""
+        groups = {"x_group": x_group, "y_group": y_group}
+        masks = {"x_mask": x_mask, "y_mask": y_mask}
+        return type(self).function(x, y, alpha=self.alpha, **groups, **masks, **self.options())
+
+    def extra_repr(self) -> str:
+        values = {"alpha": self.alpha} | self.options()
+        return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v}" for k, v in values.items())
+
+
+class SetTripletLoss(_SetLoss):
+    """`setemb_kernels.set_triplet_loss`."""
+
+    function = staticmethod(set_triplet_loss)
+
+    def __init__(
+        self,
+        margin: float = 0.2,
+        negatives: Literal["hardest", "semi-hard", "all"] = "hardest",
+        alpha: float = 16.0,
+    ) -> None:
+        super().__init__(alpha)
+        self.margin, self.negatives = margin, negatives
+
+    def options(self) -> dict[str, Any]:
+        return {"margin": self.margin, "negatives": self.negatives}
+
+
+class SetInfoNCELoss(_SetLoss):
+    """`setemb_kernels.set_infonce_loss`.
+
+    Args:
+        temperature: > 0; with `learnable` where it starts. Its logarithm is the parameter then, ``log_temperature``.
+    """
+
+    function = staticmethod(set_infonce_loss)
+
+    def __init__(
+        self, temperature: float = 0.05, symmetric: bool = True, alpha: float = 16.0, *, learnable: bool = False
+    ) -> None:
+        super().__init__(alpha)
+        self.log_temperature = nn.Parameter(_logarithm("temperature", temperature)) if learnable else None
+        self._temperature, self.symmetric = temperature, symmetric
+
+    @property
+    def temperature(self) -> float | Tensor:
+        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def options(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "symmetric": self.symmetric}
+
+
+class SetSigmoidLoss(_SetLoss):
+    """`setemb_kernels.set_sigmoid_loss`; the logarithm of its scale, ``log_scale``, and its ``bias`` are parameters.
+
+    Args:
+        scale, bias: where they start, and stay with ``learnable=False``.
+    """
+
+    function = staticmethod(set_sigmoid_loss)
+
+    def __init__(
+        self, scale: float = 10.0, bias: float = -10.0, alpha: float = 16.0, *, learnable: bool = True
+    ) -> None:
+        super().__init__(alpha)
+        self.log_scale = nn.Parameter(_logarithm("scale", scale), requires_grad=learnable)
+        self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learnable)
+
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.log_scale.exp(), "bias": self.bias}
+
+
+class MetricLearningLoss(nn.Module):
+    """One of the losses above as pytorch-metric-learning calls its own: ``loss(embeddings, labels, indices_tuple,
+    ref_emb, ref_labels)``.
+
+    Embeddings are sets ``[N, K, D]``, compared with `ref_emb` ``[M, L, D]``, the other modality or other views; sets of
+    equal labels belong together, without labels those of one place. A batch is never compared with itself, where each
+    set would be its own positive, and negatives are chosen by the loss, not by a miner.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        if ref_emb is None:
+            raise ValueError("ref_emb: expected the sets to compare with, [M, L, D], got None")
+        if indices_tuple is not None:
+            raise ValueError(
+                "indices_tuple: expected None, as the loss finds its negatives itself; got those of a miner"
+            )
+        groups = (None if ids is None else ids.to(embeddings.device) for ids in (labels, ref_labels))
+        loss: Tensor = self.loss(embeddings, ref_emb, *groups)
+        return loss
+
+
+def _logarithm(name: str, value: float) -> Tensor:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return torch.tensor(math.log(value))

@@ -1,0 +1,4 @@
+from .contrastive import Contrastive
+from .distillation import Distillation
+
+__all__ = ["Contrastive", "Distillation"]

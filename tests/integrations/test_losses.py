@@ -1,0 +1,92 @@
+"""The losses as modules: the functions' values, parameters that learn, and the call of pytorch-metric-learning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from setemb_kernels import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
+from setemb_kernels.integrations import MetricLearningLoss, SetInfoNCELoss, SetSigmoidLoss, SetTripletLoss
+from tests.integrations.same import EXACT, flags, sets, with_gradients
+
+X, Y = sets(6, 4, seed=1), sets(8, 3, seed=2)
+GROUPS = {"x_group": torch.arange(6) // 2, "y_group": torch.arange(8) // 3}
+MASKS = {"x_mask": flags(6, 4), "y_mask": flags(8, 3)}
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "options"),
+    [
+        (SetTripletLoss(), set_triplet_loss, {}),
+        (
+            SetTripletLoss(0.4, "semi-hard", 8.0),
+            set_triplet_loss,
+            {"margin": 0.4, "negatives": "semi-hard", "alpha": 8.0},
+        ),
+        (SetInfoNCELoss(), set_infonce_loss, {}),
+        (SetInfoNCELoss(0.1, False, 8.0), set_infonce_loss, {"temperature": 0.1, "symmetric": False, "alpha": 8.0}),
+        (SetSigmoidLoss().double(), set_sigmoid_loss, {}),
+        (SetSigmoidLoss(3.0, -2.0, 8.0).double(), set_sigmoid_loss, {"scale": 3.0, "bias": -2.0, "alpha": 8.0}),
+    ],
+)
+def test_values_and_gradients(module: Any, function: Any, options: dict[str, Any]) -> None:
+    theirs = with_gradients(lambda x, y: function(x, y, **GROUPS, **MASKS, **options), X, Y)
+    ours = with_gradients(lambda x, y: module(x, y, *GROUPS.values(), **MASKS), X, Y)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)  # a scale is the exponential of its logarithm
+    torch.testing.assert_close(module(X, Y[:6]), function(X, Y[:6], **options), rtol=1e-6, atol=1e-8)
+
+
+def test_parameters_learn_and_are_kept() -> None:
+    for module, names in (
+        (SetInfoNCELoss(learnable=True), {"log_temperature"}),
+        (SetSigmoidLoss(), {"log_scale", "bias"}),
+    ):
+        assert {name for name, _ in module.named_parameters()} == names == set(module.state_dict())
+        module(X.float(), Y[:6].float()).backward()
+        assert all(p.grad is not None and p.grad.isfinite() and p.grad != 0 for p in module.parameters())
+    assert not list(SetInfoNCELoss().parameters())
+    fixed = SetSigmoidLoss(learnable=False)
+    assert set(fixed.state_dict()) == {"log_scale", "bias"} and not any(p.requires_grad for p in fixed.parameters())
+    assert "temperature=0.05" in repr(SetInfoNCELoss()) and "negatives=hardest" in repr(SetTripletLoss())
+
+
+@pytest.mark.parametrize("make", [lambda v: SetInfoNCELoss(v, learnable=True), SetSigmoidLoss])
+def test_wrong_starts_are_refused(make: Any) -> None:
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"(temperature|scale): expected a finite number > 0"):
+            make(value)
+
+
+def test_metric_learning_call() -> None:
+    loss = MetricLearningLoss(SetTripletLoss())
+    ours = loss(X, GROUPS["x_group"], ref_emb=Y, ref_labels=GROUPS["y_group"])
+    torch.testing.assert_close(ours, set_triplet_loss(X, Y, **GROUPS), **EXACT)
+    torch.testing.assert_close(loss(X, ref_emb=Y[:6]), set_triplet_loss(X, Y[:6]), **EXACT)
+    with pytest.raises(ValueError, match="ref_emb: expected the sets to compare with"):
+        loss(X, GROUPS["x_group"])
+    with pytest.raises(ValueError, match="indices_tuple: expected None"):
+        loss(X, GROUPS["x_group"], (torch.zeros(1),) * 3, Y, GROUPS["y_group"])
+    with pytest.raises(ValueError, match="y_group: expected ids"):
+        loss(X, GROUPS["x_group"], ref_emb=Y)
+
+
+def test_like_the_package_for_sets_of_one_vector() -> None:
+    package: Any = pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    assert package.__version__
+    x, y = sets(6, 1, seed=1), sets(8, 1, seed=2)
+    ours = MetricLearningLoss(SetInfoNCELoss(0.07, symmetric=False))
+    theirs = NTXentLoss(0.07)
+    labels, ref_labels = GROUPS.values()
+    truth = with_gradients(lambda x, y: theirs(x[:, 0], labels, ref_emb=y[:, 0], ref_labels=ref_labels), x, y)
+    unit = torch.nn.functional.normalize  # it compares cosines, also in its gradients
+
+    def got_by(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ours(unit(x, dim=-1), labels, ref_emb=unit(y, dim=-1), ref_labels=ref_labels)
+
+    got = with_gradients(got_by, x, y)
+    torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-8)
