@@ -73,7 +73,7 @@ class Config(NamedTuple):
         if kernel is kernels.gradient_kernel:
             names = {"OWN": self.rows, "OTHER": self.columns, "FEATURES": self.features}
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return names | options | {"BLOCK_D": self.block_d, "WHOLE": self.whole, "enable_fp_fusion": True}
+        return names | options | {"BLOCK_D": self.block_d, "WHOLE": self.whole, "enable_fp_fusion": True, "maxnreg": 255}
 
 
 def pair_config(a_mean: int, b_mean: int, D: int, dtype: torch.dtype) -> Config:
@@ -403,3 +403,45 @@ class _Owner:
     def finish(self) -> None:
         if not self.is_direct:
             self.out.copy_(self.sums[0] if self.splits == 1 else self.sums.sum(0))
+
+
+# --- ahead of time
+
+
+def configs(
+    kind: str, x_mean: int, y_mean: int, D: int, dtype: torch.dtype, has_candidates: bool = False, add: bool = False
+) -> Iterator[_triton.Build]:
+    """Every kernel that forward and backward launch for sets of so many vectors in the mean, in one direction of `kind`;
+    with gradients for alpha and bias. add: to sums of float32, as where there are several windows."""
+    direction = _directions(kind, False)[0]
+    hard = direction.how == kernels.HARD.value
+    name = _triton.NAMES[dtype]
+    types = dict.fromkeys(("a", "b", "own", "other", "grad", "out"), f"*{name}")
+    types |= dict.fromkeys(("a_offsets", "b_offsets", "own_offsets", "other_offsets", "block_sets", "block_ends"), "*i64")
+    types |= dict.fromkeys(("candidates", "order", "bounds"), "*i64") | dict.fromkeys(("parts", "sums"), "*fp32")
+    types |= dict.fromkeys(("alpha", "bias", "factor"), "fp32") | {"state": "*i32" if hard else "*fp32"}
+    if add:
+        types["out"] = "*fp32"
+    constants = {"HOW": direction.how, "MEAN": direction.mean, "BEST": direction.best, "SWAP": False, "PRECISION": "ieee"}
+    constants |= {"ALPHA_ON_DEVICE": False, "BIAS_ON_DEVICE": False, "BAND": 1 if has_candidates else BAND}
+    constants |= {"STORE": direction.how != kernels.SIGMOID.value, "SUM": not hard, "ADD": add}
+    constants |= dict.fromkeys(("a_stride_d", "b_stride_d", "own_stride_d", "other_stride_d", "grad_stride_j"), 1)
+    if not has_candidates:
+        constants |= {"candidates": None, "order": None, "bounds": None}
+    aligned = {"D", "a_stride", "b_stride", "own_stride", "other_stride"}
+    products = dtype != torch.float32
+
+    def build(kernel: Any, config: Config, uses_tensor_cores: bool, **more: Any) -> _triton.Build:
+        return _triton.build(kernel, types, constants | more, config.launch(kernel), aligned, uses_tensor_cores)
+
+    pair = pair_config(x_mean, y_mean, D, dtype)
+    yield build(kernels.similarity_kernel, pair, products)
+    yield build(kernels.state_kernel, pair, products)
+    factor = 2.0**15 if dtype == torch.float16 else 1.0
+    for is_x, own, other in ((True, x_mean, y_mean), (False, y_mean, x_mean)):
+        none = {} if is_x or not has_candidates else {"candidates": None}
+        config = gradient_config(own, other, D, dtype)
+        yield build(
+            kernels.gradient_kernel, config, products and not (hard and is_x),
+            OWN_IS_X=is_x, OWN_IS_A=is_x, FACTOR=factor, **none,
+        )  # fmt: skip
