@@ -1,5 +1,5 @@
-"""Similarities of sets of any sizes on a GPU, in Triton: the host side. `triton_kernels` has the kernels, `reference` the
-maths.
+"""Similarities of sets of any sizes on a GPU, in Triton: the host side. `triton_kernels` has the kernels, `reference`
+the maths.
 
     forward     similarity_kernel   x, y -> similarity of each pair in one direction; both-way kinds: once each way
     backward    state_kernel        x, y -> for each row of a pair what its reduction gave; sums for d/dalpha, d/dbias
@@ -73,7 +73,8 @@ class Config(NamedTuple):
         if kernel is kernels.gradient_kernel:
             names = {"OWN": self.rows, "OTHER": self.columns, "FEATURES": self.features}
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return names | options | {"BLOCK_D": self.block_d, "WHOLE": self.whole, "enable_fp_fusion": True, "maxnreg": 255}
+        options |= {"enable_fp_fusion": True, "maxnreg": 255}  # left alone, the compiler may spill to run more programs
+        return names | options | {"BLOCK_D": self.block_d, "WHOLE": self.whole}
 
 
 def pair_config(a_mean: int, b_mean: int, D: int, dtype: torch.dtype) -> Config:
@@ -187,10 +188,7 @@ def forward(
     else:
         with torch.cuda.device_of(x):
             parts = call.similarities(_directions(kind, mean))
-            if len(parts) == 1:
-                s = parts[0]
-            else:
-                s = parts.amax(0) if kind == "max" else parts.sum(0)
+            s = parts[0] if len(parts) == 1 else parts.amax(0) if kind == "max" else parts.sum(0)
             limit = torch.finfo(dtype).max
             s = s.clamp_(-limit, limit).to(dtype)
     return s if candidates is None else s.masked_fill_(candidates < 0, -math.inf)
@@ -318,7 +316,7 @@ class _Call:
         return parts
 
     def windows(self, direction: _Direction) -> Iterator[_Window]:
-        """All pairs, by as many sets at a time as the state of the other side's rows fits into `WORKSPACE_BYTES` for."""
+        """All pairs, so many sets at a time that their state fits into `WORKSPACE_BYTES`."""
         (a, _), *_ = self._pairs_launch(direction)
         along_n = direction.swap or direction.how == kernels.SIGMOID.value
         each = 4 if direction.how == kernels.HARD.value else 8
@@ -411,19 +409,25 @@ class _Owner:
 def configs(
     kind: str, x_mean: int, y_mean: int, D: int, dtype: torch.dtype, has_candidates: bool = False, add: bool = False
 ) -> Iterator[_triton.Build]:
-    """Every kernel that forward and backward launch for sets of so many vectors in the mean, in one direction of `kind`;
+    """Every kernel that forward and backward launch for sets of so many vectors in the mean, in one direction of `kind`,
     with gradients for alpha and bias. add: to sums of float32, as where there are several windows."""
     direction = _directions(kind, False)[0]
     hard = direction.how == kernels.HARD.value
     name = _triton.NAMES[dtype]
     types = dict.fromkeys(("a", "b", "own", "other", "grad", "out"), f"*{name}")
-    types |= dict.fromkeys(("a_offsets", "b_offsets", "own_offsets", "other_offsets", "block_sets", "block_ends"), "*i64")
-    types |= dict.fromkeys(("candidates", "order", "bounds"), "*i64") | dict.fromkeys(("parts", "sums"), "*fp32")
+    types |= dict.fromkeys(("a_offsets", "b_offsets", "own_offsets", "other_offsets"), "*i64")
+    types |= dict.fromkeys(("block_sets", "block_ends", "candidates", "order", "bounds"), "*i64")
+    types |= dict.fromkeys(("parts", "sums"), "*fp32")
     types |= dict.fromkeys(("alpha", "bias", "factor"), "fp32") | {"state": "*i32" if hard else "*fp32"}
     if add:
         types["out"] = "*fp32"
-    constants = {"HOW": direction.how, "MEAN": direction.mean, "BEST": direction.best, "SWAP": False, "PRECISION": "ieee"}
-    constants |= {"ALPHA_ON_DEVICE": False, "BIAS_ON_DEVICE": False, "BAND": 1 if has_candidates else BAND}
+    constants: dict[str, Any] = {"HOW": direction.how, "MEAN": direction.mean, "BEST": direction.best, "SWAP": False}
+    constants |= {
+        "PRECISION": "ieee",
+        "ALPHA_ON_DEVICE": False,
+        "BIAS_ON_DEVICE": False,
+        "BAND": 1 if has_candidates else BAND,
+    }
     constants |= {"STORE": direction.how != kernels.SIGMOID.value, "SUM": not hard, "ADD": add}
     constants |= dict.fromkeys(("a_stride_d", "b_stride_d", "own_stride_d", "other_stride_d", "grad_stride_j"), 1)
     if not has_candidates:

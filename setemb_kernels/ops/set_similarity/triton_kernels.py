@@ -1,9 +1,9 @@
 """The Triton kernels of set similarities. `triton` beside this file launches them and says how they fit together.
 
-Names: pair (n, j) is set n of x with set m of y, which is j or ``candidates[n, j]``. Of a pair in one *direction*, `a` is
-the side whose vectors are the rows of the scores ``c``, `b` the side whose vectors are the columns, over which HOW
-reduces: HARD a maximum, SOFT a log-sum-exp, SIGMOID a sum. ``scale`` is alpha log2(e), so that ``exp(alpha c) =
-exp2(scale c)``.
+Names: pair (n, j) is set n of x with set m of y, which is j or ``candidates[n, j]``. Of a pair in one *direction*, `a`
+is the side whose vectors are the rows of the scores ``c``, `b` the side whose vectors are the columns, over which HOW
+reduces: HARD a maximum, SOFT a log-sum-exp, SIGMOID a sum. For SOFT ``scale`` is alpha log2(e), so that
+``exp(alpha c) = exp2(scale c)``.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _scores(
 
 @triton.jit
 def _pair(program, first_n, first_j, sets_n, sets_j, J, candidates, BAND: tl.constexpr):
-    """Pair and set of y of a program, -1 for none: down BAND sets of x before the next of y, to find both in a cache."""
+    """Pair and set of y of a program, -1 for none: down BAND sets of x before the next of y, for the cache's sake."""
     band = program // (BAND * sets_j)
     top = band * BAND
     height = tl.minimum(sets_n - top, BAND)
@@ -152,7 +152,7 @@ def _maxima(
     a, a_row, a_exists, b, b_begin, b_count, D, a_stride, a_stride_d, b_stride, b_stride_d,
     COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Maxima ``[rows]``, NaN where a score is; if INDEX, which takes NaN for the largest, also where: of equals first."""
+    """Maxima ``[rows]``, NaN where a score is; if INDEX, for which NaN is the largest, also the first place of each."""
     column = tl.arange(0, COLUMNS)
     first_tile = _tile(a, a_row, a_exists, 0, D, a_stride, a_stride_d, BLOCK_D)
     best = tl.full((a_row.shape[0], COLUMNS), float("-inf"), tl.float32)
@@ -414,9 +414,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """``sum over pairs of g w Y`` of a block of rows of one set: FEATURES features, every splits-th pair of a window.
 
-    The window is sets first_n to end_n of x, and first_j to end_j of the axis of y or of candidates. OWN_IS_A: w comes of
-    a reduction over the other set, else over rows of which the owned ones are columns. Weights are products of FACTOR
-    and at most 1, so that 16 bits hold small ones too.
+    The window is sets first_n to end_n of x, and first_j to end_j of y or of the candidates. OWN_IS_A: the owned rows are
+    those that were reduced, else the columns. Weights are at most 1, and times FACTOR, so that 16 bits hold small ones.
     """
     program = tl.program_id(0)
     block = program % blocks

@@ -41,8 +41,7 @@ def few(case: Case) -> Case:
     """The case with as many sets as the interpreter has time for."""
     if not INTERPRETED:
         return case
-    N, M = min(case.N, 2), min(case.M, 3)
-    return replace(case, N=M if case.pairs == "paired" else N, M=M)
+    return replace(case, N=min(case.N, 2), M=min(case.M, 2))
 
 
 def table() -> Iterator[Any]:
@@ -72,28 +71,28 @@ def test_16_bit_in_float32_out(name: str, kind: str, dtype: torch.dtype) -> None
         check_wide(lambda i: run(i, wide=True), few(case), kind, dtype, DEVICE)
 
 
-BANDS = Case("bands", 5, 3, (1, 4), (1, 20), 16, empty="x")
-CHOSEN = Case("candidates of both sides", 4, 3, (1, 20), (1, 40), 16, pairs="candidates", empty="y")
+BANDS = Case("bands", 3, 2, (1, 20), (1, 20), 16)
+CHOSEN = Case("candidates of both sides", 2, 3, (1, 20), (1, 40), 16, pairs="candidates", empty="y")
 BOTH = pytest.mark.parametrize("case", [BANDS, CHOSEN], ids=lambda case: case.name)
 
 
 @BOTH
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """State for two sets at a time, launches of part of the sets, and several bands of them."""
+    """State for one set at a time, launches of part of the sets, and several bands of them."""
     monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(backend, "MOST_PROGRAMS", 6)
+    monkeypatch.setattr(backend, "MOST_PROGRAMS", 4)
     monkeypatch.setattr(backend, "BAND", 2)
     check(run, case, kind, torch.float32, DEVICE)
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["chamfer", "soft_maxsim", "max", "match_probability"])
-@pytest.mark.parametrize("programs", [0.25, 16])
-def test_splits(case: Case, kind: str, programs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["chamfer", "max", "match_probability"])
+@pytest.mark.parametrize("programs", [0, 8])
+def test_splits(case: Case, kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs and lists of sets, whole and split over programs, whose sums are added up."""
     monkeypatch.setattr(backend, "PROGRAMS_EACH", programs)
-    check(run, replace(case, K=(1, 70), L=(1, 50)), kind, torch.float16, DEVICE)
+    check(run, replace(case, N=2, M=2, K=(1, 70), L=(1, 50)), kind, torch.float16, DEVICE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,22 +114,22 @@ def test_alpha_and_bias_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("kind", ["chamfer", "soft_maxsim", "match_probability"])
-@pytest.mark.parametrize("needed", range(4))
-def test_each_gradient_alone(kind: str, needed: int) -> None:
+def test_each_gradient_alone(kind: str) -> None:
     i = CHOSEN.build(kind, torch.float32, DEVICE)
     every = backend.backward(i.grad, *i[:-1], True, True, True, True)
-    needs = [n == needed for n in range(4)]
-    some = backend.backward(i.grad, *i[:-1], *needs)
-    for need, got, expected in zip(needs, some, every, strict=True):
-        assert got.shape == (expected.shape if need else (0,))
-        if need:
-            torch.testing.assert_close(got, expected)
+    for needed in range(4):
+        needs = [n == needed for n in range(4)]
+        some = backend.backward(i.grad, *i[:-1], *needs)
+        for need, got, expected in zip(needs, some, every, strict=True):
+            assert got.shape == (expected.shape if need else (0,))
+            if need:
+                torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_stays_with_its_set(kind: str) -> None:
-    """In forward and backward, and whether it is of x or of y; -1 is no candidate all the same."""
-    i = Case("NaN", 3, 4, (2, 20), (2, 20), 16).build(kind, torch.float32, DEVICE)
+    """In forward and backward, and whether it is of x or of y."""
+    i = Case("NaN", 2, 2, (2, 20), (2, 20), 16).build(kind, torch.float32, DEVICE)
     clean = run(i)
     for side, name in enumerate(("x", "y")):
         offsets = (i.x_offsets, i.y_offsets)[side]
@@ -148,7 +147,7 @@ def test_nan_stays_with_its_set(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_gradient_stays_with_its_pair(kind: str) -> None:
-    i = Case("NaN", 3, 4, (2, 20), (2, 20), 16).build(kind, torch.float32, DEVICE)
+    i = Case("NaN", 2, 3, (2, 20), (2, 20), 16).build(kind, torch.float32, DEVICE)
     i.grad[1, 2] = float("nan")
     _, *gradients, _, _ = run(i)
     for got, offsets, hit in zip(gradients, (i.x_offsets, i.y_offsets), (1, 2), strict=True):
