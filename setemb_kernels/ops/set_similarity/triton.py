@@ -322,7 +322,7 @@ class _Call:
         each = 4 if direction.how == kernels.HARD.value else 8
         rows = self.J if direction.how == kernels.SIGMOID.value else a.rows.shape[0]
         sets = self.N if along_n else self.J
-        most = max(1, WORKSPACE_BYTES // (each * max(rows, a.sets, 1)))
+        most = max(1, WORKSPACE_BYTES // (each * max(rows, a.sets, self.J)))
         for first in range(0, sets, most):
             end = min(sets, first + most)
             yield _Window(first, 0, end, self.J) if along_n else _Window(0, first, self.N, end)
@@ -409,8 +409,8 @@ class _Owner:
 def configs(
     kind: str, x_mean: int, y_mean: int, D: int, dtype: torch.dtype, has_candidates: bool = False, add: bool = False
 ) -> Iterator[_triton.Build]:
-    """Every kernel that forward and backward launch for sets of so many vectors in the mean, in one direction of `kind`,
-    with gradients for alpha and bias. add: to sums of float32, as where there are several windows."""
+    """Every kernel that forward and backward launch for sets of so many vectors in the mean, in one direction, with
+    gradients for alpha and bias. add: to sums of float32, as where there are several windows."""
     direction = _directions(kind, False)[0]
     hard = direction.how == kernels.HARD.value
     name = _triton.NAMES[dtype]

@@ -107,10 +107,11 @@ def _scores(
 @triton.jit
 def _pair(program, first_n, first_j, sets_n, sets_j, J, candidates, BAND: tl.constexpr):
     """Pair and set of y of a program, -1 for none: down BAND sets of x before the next of y, for the cache's sake."""
-    band = program // (BAND * sets_j)
+    width = sets_j.to(tl.int64) * BAND
+    band = program // width
     top = band * BAND
     height = tl.minimum(sets_n - top, BAND)
-    within = program - band * BAND * sets_j
+    within = program - band * width
     n = (first_n + top + within % height).to(tl.int64)
     j = (first_j + within // height).to(tl.int64)
     m = j
@@ -233,7 +234,9 @@ def _probabilities(
 # --- kernels
 
 
-@triton.jit(do_not_specialize=["J", "first_n", "sets_n", "sets_j", "pairs", "splits"])
+@triton.jit(
+    do_not_specialize=["J", "first_n", "sets_n", "sets_j", "pairs", "splits"], do_not_specialize_on_alignment=["parts"]
+)
 def similarity_kernel(
     a, b,  # [rows, D], any strides
     a_offsets, b_offsets,  # [sets + 1] int64
@@ -414,8 +417,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """``sum over pairs of g w Y`` of a block of rows of one set: FEATURES features, every splits-th pair of a window.
 
-    The window is sets first_n to end_n of x, and first_j to end_j of y or of the candidates. OWN_IS_A: the owned rows are
-    those that were reduced, else the columns. Weights are at most 1, and times FACTOR, so that 16 bits hold small ones.
+    The window is sets first_n to end_n of x, and first_j to end_j of y or of the candidates. OWN_IS_A: the owned rows
+    are those that were reduced, else the columns. Weights are at most 1, and times FACTOR: 16 bits hold small ones.
     """
     program = tl.program_id(0)
     block = program % blocks
