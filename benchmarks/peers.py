@@ -101,6 +101,12 @@ def eager_similarity(x: Tensor, y: Tensor, alpha: float = 16.0) -> Tensor:
     return (z.logsumexp(3).mean(2) + z.logsumexp(2).mean(2)) / (2 * alpha)
 
 
+def eager_maxsim(x: Tensor, y: Tensor, y_mask: Tensor) -> Tensor:
+    """MaxSim of all pairs of padded sets, all vectors of x valid, as one would write it."""
+    c = torch.einsum("nkd,mld->nmkl", x, y)
+    return c.masked_fill(~y_mask[:, None], -torch.inf).amax(3).sum(2)
+
+
 def eager_triplet(x: Tensor, y: Tensor) -> Tensor:
     s = eager_similarity(x, y)
     own = s.diagonal()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import machine
-from benchmarks.gpu.implementations import absent, ours
+from benchmarks.gpu.implementations import absent, ours, serves
 from benchmarks.gpu.rows import Row, largest_batch, rows
 from benchmarks.gpu.stages import read_lines
 from benchmarks.gpu.timing import Call, Clock, CudaClock, HostClock, Times, take_turns
@@ -83,9 +83,9 @@ class Bench:
             torch._dynamo.reset()  # rows share a function: torch compiles it for so many sizes and no more
             makers["compiled"] = (row.compiled, None)
         else:
-            makers |= {name: (row.ours, context) for name, context in ours(self.device).items()}
+            makers |= {n: (row.ours, context) for n, context in ours(self.device).items() if serves(n, row.op)}
             makers["eager"] = (row.eager, None)
-            failed |= absent(self.device)
+            failed |= {n: reason for n, reason in absent(self.device).items() if serves(n, row.op)}
         sets = self._inputs(row)
         calls, results = {}, {}
         for name, (maker, context) in makers.items():

@@ -12,12 +12,14 @@ from torch import Tensor
 from benchmarks.gpu.timing import Call
 from benchmarks.peers import (
     eager_infonce,
+    eager_maxsim,
     eager_sigmoid,
     eager_similarity,
     eager_slot_attention,
     eager_triplet,
 )
 from setemb_kernels import (
+    maxsim,
     set_infonce_loss,
     set_sigmoid_loss,
     set_topk,
@@ -71,6 +73,10 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
     ):
         yield _slot_attention(device, B, H, K, T, D, BF16, backward=False)
         yield _slot_attention(device, B, H, K, T, D, BF16, backward=True)
+    documents = (20, (3, 9), 16) if quick else (10_000, (60, 180), 128)
+    yield _maxsim(device, 1, *documents, BF16)
+    training = (4, (3, 9), 16) if quick else (128, (60, 180), 128)
+    yield _maxsim(device, training[0], *training, BF16, backward=True)
     n, d = (24, 16) if quick else (16384, 1024)
     for loss in LOSSES:
         yield _loss(device, loss, n, 4, d, BF16)
@@ -140,6 +146,72 @@ def _smooth_chamfer(device: str, n: int, K: int, D: int, dtype: torch.dtype, *, 
         products=products,
         operations=2.0 * products * (n * K) ** 2 * D,
         bytes=size * (2.0 * n * K * D * (2 if backward else 1) + n * n * (2 if backward else 1)),
+        result=(lambda out: out[1]) if backward else (lambda out: out),
+    )
+
+
+# --- set_similarity
+
+
+def _maxsim(
+    device: str, n: int, m: int, vectors: tuple[int, int], D: int, dtype: torch.dtype, *, backward: bool = False
+) -> Row:
+    """n queries of 32 vectors with m documents, ragged: from so many to so many vectors, evenly spread."""
+    K, (low, high) = 32, vectors
+    counts = low + torch.arange(m) * 37 % (high - low + 1)
+    total = int(counts.sum())
+
+    def make() -> Inputs:
+        queries = unit_sets(n, K, D, dtype, device)
+        documents = unit_sets(1, total, D, dtype, device)[0]
+        upstream = torch.randn(n, m, device=device).to(dtype) if backward else None
+        weights = torch.randn(n * K, total, device=device).to(dtype) if backward else None
+        return queries, documents, upstream, weights
+
+    def product(inputs: Inputs) -> Call:
+        x, y, _, weights = inputs
+        x = x.flatten(0, 1)
+        if not backward:
+            return lambda: x @ y.T
+        return lambda: (x @ y.T, weights @ y, weights.T @ x)
+
+    def call(inputs: Inputs, y: Tensor, similarity: Callable[[Tensor, Tensor], Tensor]) -> Call:
+        x, _, upstream, _ = inputs
+        if not backward:
+            return lambda: similarity(x, y)
+        leaves = _leaves(x, y)
+
+        def run() -> tuple[Tensor, ...]:
+            s = similarity(*leaves)
+            return s.detach(), *torch.autograd.grad(s, leaves, upstream)
+
+        return run
+
+    def ours(inputs: Inputs) -> Call:
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(device)
+        return call(inputs, inputs[1], lambda x, y: maxsim(x, y, y_offsets=offsets))
+
+    def eager(function: Callable[..., Tensor]) -> Prepare:
+        def prepare(inputs: Inputs) -> Call:
+            valid = (torch.arange(high) < counts[:, None]).to(device)
+            padded = inputs[1].new_zeros(m, high, D).masked_scatter_(valid[..., None], inputs[1])  # beforehand
+            return call(inputs, padded, lambda x, y: function(x, y, valid))
+
+        return prepare
+
+    size, products = dtype.itemsize, 3 if backward else 1
+    return Row(
+        "set_similarity",
+        f"{'forward + backward' if backward else 'forward'} maxsim {n:,}x{m:,} K{K} L{low}-{high} D{D} "
+        f"{name_of(dtype)}",
+        make,
+        ours=ours,
+        product=product,
+        eager=eager(eager_maxsim),
+        compiled=eager(_compiled(eager_maxsim, device)),
+        products=products,
+        operations=2.0 * products * n * K * total * D,
+        bytes=size * ((n * K + total) * D + n * m) * (2.0 if backward else 1.0),
         result=(lambda out: out[1]) if backward else (lambda out: out),
     )
 

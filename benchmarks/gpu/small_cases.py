@@ -9,14 +9,16 @@ import argparse
 
 import torch
 
-from benchmarks.gpu.implementations import absent, ours
-from setemb_kernels import set_triplet_loss, slot_attention, smooth_chamfer
+from benchmarks.gpu.implementations import absent, ours, serves
+from setemb_kernels import set_similarity, set_triplet_loss, slot_attention, smooth_chamfer
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SETS = (  # N, M, K, L, D: each number of slots that kernels are compiled for, on either side
     *((5, 7, 4, 4, 24), (3, 2, 3, 5, 33), (3, 2, 64, 16, 40), (2, 3, 16, 2, 20), (4, 3, 1, 1, 20)),
 )
 SLOTS = ((2, 1, 4, 37, 24), (1, 3, 7, 20, 33), (1, 1, 64, 600, 24))  # B, H, K, T, D; one head of keys
+
+KINDS = ("smooth_chamfer", "chamfer", "maxsim", "soft_maxsim", "max", "match_probability")
 
 
 def sets(device: str, dtype: torch.dtype, N: int, M: int, K: int, L: int, D: int) -> None:
@@ -34,6 +36,25 @@ def learned_alpha(device: str) -> None:
     alpha = torch.tensor(16.0, device=device, requires_grad=True)
     s = smooth_chamfer(x, y, alpha=alpha)
     s.backward(torch.randn_like(s))
+
+
+def ragged(device: str, dtype: torch.dtype, kind: str) -> None:
+    """All pairs and candidates of sets of 0 to 90 vectors."""
+    x, y = (torch.randn(rows, 24, device=device).to(dtype).requires_grad_() for rows in (40, 125))
+    x_offsets, y_offsets = (torch.tensor(v, device=device) for v in ([0, 3, 3, 40], [0, 90, 91, 91, 125]))
+    scale = torch.tensor(4.0, device=device, requires_grad=True)
+    for candidates in (None, torch.tensor([[0, -1], [3, 0], [1, 1]], device=device)):
+        s = set_similarity(
+            x,
+            y,
+            kind,  # type: ignore[arg-type]
+            alpha=scale,
+            scale=scale,
+            x_offsets=x_offsets,
+            y_offsets=y_offsets,
+            candidates=candidates,
+        )
+        s.backward(torch.randn_like(s))
 
 
 def slots(device: str, dtype: torch.dtype, B: int, H: int, K: int, T: int, D: int) -> None:
@@ -60,6 +81,11 @@ def main(device: str) -> int:
         if device == "cuda":
             torch.cuda.synchronize()
         calls = len(DTYPES) * (len(SETS) + len(SLOTS)) + 1
+        if serves(name, "set_similarity"):
+            for dtype in DTYPES:
+                for kind in KINDS:
+                    ragged(device, dtype, kind)
+            calls += len(DTYPES) * len(KINDS)
         count += calls
         print(f"{name}: {calls} calls", flush=True)
     for name, reason in absent(device).items():

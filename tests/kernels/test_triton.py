@@ -26,7 +26,7 @@ def _version(module: Any) -> tuple[int, int]:
 
 
 WITHOUT_GPU = not torch.cuda.is_available()
-OPS = ("losses", "slot_attention", "smooth_chamfer")
+OPS = ("losses", "set_similarity", "slot_attention", "smooth_chamfer")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from setemb_kernels._triton import Build  # noqa: E402
+from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton as slot_attention  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as smooth_chamfer  # noqa: E402
 
@@ -48,6 +49,17 @@ SLOTS = [  # heads that share keys, K, D, masked and with a bias: sizes in use, 
     (torch.float32, 4, 4, 1024, False),
     (torch.float32, 1, 7, 128, True),
     (torch.float32, 1, 64, 256, False),
+]
+SIMILARITIES = [  # kind, mean K and L, D, candidates: sizes in use, each branch of the tile sizes, both ends
+    (torch.bfloat16, "maxsim", 32, 120, 128, False),
+    (torch.bfloat16, "maxsim", 4, 4, 1024, True),
+    (torch.bfloat16, "soft_maxsim", 32, 120, 128, True),
+    (torch.bfloat16, "soft_maxsim", 1000, 1000, 1024, False),
+    (torch.bfloat16, "match_probability", 8, 8, 512, False),
+    (torch.float16, "max", 100, 100, 64, False),
+    (torch.float16, "soft_maxsim", 64, 20, 256, True),
+    (torch.float32, "soft_maxsim", 32, 120, 128, False),
+    (torch.float32, "maxsim", 2000, 2000, 3, True),
 ]
 
 
@@ -92,6 +104,22 @@ def test_slot_attention(
     _check(reports[request.node.name].result(), arch, ANY_TENSOR_CORES)
 
 
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize(("dtype", "kind", "K", "L", "D", "candidates"), SIMILARITIES)
+def test_set_similarity(
+    dtype: torch.dtype,
+    kind: str,
+    K: int,
+    L: int,
+    D: int,
+    candidates: bool,
+    arch: int,
+    reports: dict[str, Future[list[Report]]],
+    request: pytest.FixtureRequest,
+) -> None:
+    _check(reports[request.node.name].result(), arch, ANY_TENSOR_CORES)
+
+
 class Report(NamedTuple):
     """What became of one kernel."""
 
@@ -116,6 +144,8 @@ def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
     p, arch = parameters, parameters["arch"]
     if test == "test_smooth_chamfer":
         builds = smooth_chamfer.configs(p["K"], p["L"], 1024, p["dtype"], arch, p["masked"])
+    elif test == "test_set_similarity":
+        builds = set_similarity.configs(p["kind"], p["K"], p["L"], p["D"], p["dtype"], p["candidates"], p["candidates"])
     else:
         builds = slot_attention.configs(p["heads"], p["K"], p["D"], p["dtype"], p["masked"])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,205 @@
+"""What `test_triton` runs in a process of its own: the case table, and what only this backend has.
+
+On a GPU every case, kind and dtype. Interpreted, a program takes milliseconds: then a few sets of each case, of every
+kind, in float32 and float16 by turns (numpy has no bfloat16). Inputs inside larger buffers of NaN ("sliced", "rows of
+no set") and `guarded_memory` show accesses out of bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from setemb_kernels.ops.set_similarity import triton as backend  # noqa: E402
+from setemb_kernels.ops.set_similarity import triton_kernels  # noqa: E402
+from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
+from tests.kernels.set_similarity.cases import (  # noqa: E402
+    CASES,
+    KINDS,
+    Case,
+    Inputs,
+    Results,
+    cases,
+    check,
+    check_wide,
+    reference_results,
+)
+
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16]))
+NAMED = {case.name: case for case in CASES}
+
+
+def few(case: Case) -> Case:
+    """The case with as many sets as the interpreter has time for."""
+    if not INTERPRETED:
+        return case
+    return replace(case, N=min(case.N, 2), M=min(case.M, 2))
+
+
+def table() -> Iterator[Any]:
+    for dtype in DTYPES:
+        for case, kind in cases(dtype):
+            turn = (CASES.index(case) + KINDS.index(kind)) % 2
+            if not INTERPRETED or case.wide or DTYPES[turn] == dtype:
+                yield pytest.param(few(case), kind, dtype, id=f"{case.name}-{kind}-{str(dtype)[6:]}")
+
+
+def run(i: Inputs, wide: bool = False) -> Results:
+    arguments = i[:-1]
+    return backend.forward(*arguments, wide), *backend.backward(i.grad, *arguments, True, True, True, True)
+
+
+@pytest.mark.parametrize(("case", "kind", "dtype"), table())
+def test_table(case: Case, kind: str, dtype: torch.dtype) -> None:
+    check(run, case, kind, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["chamfer", "soft_maxsim", "match_probability"])
+@pytest.mark.parametrize("name", ["ragged", "candidates, empty sets", "out of the range of float16"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+def test_16_bit_in_float32_out(name: str, kind: str, dtype: torch.dtype) -> None:
+    case = NAMED[name]
+    if kind in case.kinds:
+        check_wide(lambda i: run(i, wide=True), few(case), kind, dtype, DEVICE)
+
+
+BANDS = Case("bands", 3, 2, (1, 20), (1, 20), 16)
+CHOSEN = Case("candidates of both sides", 2, 3, (1, 20), (1, 40), 16, pairs="candidates", empty="y")
+BOTH = pytest.mark.parametrize("case", [BANDS, CHOSEN], ids=lambda case: case.name)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State for one set at a time, launches of part of the sets, and several bands of them."""
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(backend, "MOST_PROGRAMS", 4)
+    monkeypatch.setattr(backend, "BAND", 2)
+    check(run, case, kind, torch.float32, DEVICE)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["chamfer", "max", "match_probability"])
+@pytest.mark.parametrize("programs", [0, 8])
+def test_splits(case: Case, kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs and lists of sets, whole and split over programs, whose sums are added up."""
+    monkeypatch.setattr(backend, "PROGRAMS_EACH", programs)
+    check(run, replace(case, N=2, M=2, K=(1, 70), L=(1, 50)), kind, torch.float16, DEVICE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_result_does_not_change(kind: str) -> None:
+    i = CHOSEN.build(kind, torch.float32, DEVICE)
+    for first, second in zip(run(i), run(i), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["soft_maxsim", "match_probability"])
+def test_alpha_and_bias_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their values are read by the kernels, through pointers."""
+    monkeypatch.setattr(backend, "_on_host", lambda v: False)
+
+    def on_device(i: Inputs) -> Results:
+        return run(i._replace(alpha=i.alpha.to(DEVICE), bias=i.bias.to(DEVICE)))
+
+    check(on_device, CHOSEN, kind, torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["chamfer", "soft_maxsim", "match_probability"])
+def test_each_gradient_alone(kind: str) -> None:
+    i = CHOSEN.build(kind, torch.float32, DEVICE)
+    every = backend.backward(i.grad, *i[:-1], True, True, True, True)
+    for needed in range(4):
+        needs = [n == needed for n in range(4)]
+        some = backend.backward(i.grad, *i[:-1], *needs)
+        for need, got, expected in zip(needs, some, every, strict=True):
+            assert got.shape == (expected.shape if need else (0,))
+            if need:
+                torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_stays_with_its_set(kind: str) -> None:
+    """In forward and backward, and whether it is of x or of y."""
+    i = Case("NaN", 2, 2, (2, 20), (2, 20), 16).build(kind, torch.float32, DEVICE)
+    clean = run(i)
+    for side, name in enumerate(("x", "y")):
+        offsets = (i.x_offsets, i.y_offsets)[side]
+        v = (i.x, i.y)[side].clone()
+        v[offsets[1] + 1, 5] = float("nan")  # in set 1
+        hit = run(i._replace(**{name: v}))
+        own, others = hit[0].select(side, 1), torch.arange(hit[0].shape[side]) != 1
+        assert own.isnan().all()
+        expected = clean[0].movedim(side, 0)[others]
+        torch.testing.assert_close(hit[0].movedim(side, 0)[others], expected, rtol=0, atol=0)
+        rows = torch.ones(len(v), dtype=torch.bool)
+        rows[offsets[1] : offsets[2]] = False
+        assert hit[1 + side][rows].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_gradient_stays_with_its_pair(kind: str) -> None:
+    i = Case("NaN", 2, 3, (2, 20), (2, 20), 16).build(kind, torch.float32, DEVICE)
+    i.grad[1, 2] = float("nan")
+    _, *gradients, _, _ = run(i)
+    for got, offsets, hit in zip(gradients, (i.x_offsets, i.y_offsets), (1, 2), strict=True):
+        rows = torch.zeros(len(got), dtype=torch.bool)
+        rows[offsets[hit] : offsets[hit + 1]] = True
+        assert got[rows].isnan().any() and got[~rows].isfinite().all()
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    """Within a tile and beyond: of 150 vectors that are alike the first has the whole gradient."""
+    x, y = torch.ones(70, 8, device=DEVICE), torch.ones(150, 8, device=DEVICE)
+    offsets = [torch.tensor([0, len(v)], device=DEVICE) for v in (x, y)]
+    one, zero = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    for kind, of_x in (("maxsim", 70), ("max", 1)):
+        sets = (x, offsets[0], y, offsets[1], None, one, zero, kind, False)
+        grad_x, grad_y, _, _ = backend.backward(x.new_ones(1, 1), *sets, True, True, False, False)
+        assert grad_y[0].eq(of_x).all() and grad_y[1:].eq(0).all()
+        assert grad_x[:of_x].eq(1).all() and grad_x[of_x:].eq(0).all()
+
+
+def test_candidates_of_no_set() -> None:
+    """-1 is -inf next to empty sets as well, and where y has no set."""
+    x = torch.ones(3, 4, device=DEVICE)
+    offsets, none = torch.tensor([0, 0, 3], device=DEVICE), torch.tensor([0], device=DEVICE)
+    candidates = torch.full((2, 2), -1, device=DEVICE)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    for y, y_offsets in ((x, offsets), (x[:0], none)):
+        s = backend.forward(x, offsets, y, y_offsets, candidates, one, one, "maxsim", False)
+        assert s.eq(-torch.inf).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("pairs", ["", "candidates"])
+def test_other_lengths_compile_nothing(pairs: str) -> None:
+    case = Case("lengths", 9, 20, (20, 32), (40, 60), 64, pairs=pairs)
+    run(case.build("soft_maxsim", torch.float16, DEVICE))
+    before = _compiled()
+    for N, M, L in ((7, 16, (35, 64)), (16, 33, (60, 64)), (2, 50, (60, 1000))):
+        run(replace(case, N=N, M=M, L=L).build("soft_maxsim", torch.float16, DEVICE))
+    assert _compiled() == before
+
+
+def _compiled() -> int:
+    names = ("similarity_kernel", "state_kernel", "gradient_kernel")
+    caches = (getattr(triton_kernels, name).device_caches for name in names)
+    return sum(len(cache[0]) for device in caches for cache in device.values())
+
+
+def test_reference_agrees_at_a_size_beyond_a_tile_of_features() -> None:
+    """D above what a tile holds, rows and features in several blocks each."""
+    case = Case("several blocks of features", 2, 2, (60, 80), (60, 80), 300)
+    for kind in ("soft_maxsim", "maxsim"):
+        check(run, case, kind, torch.float16, DEVICE)
+    i = case.build("chamfer", torch.float32, DEVICE)
+    torch.testing.assert_close(run(i)[0], reference_results(i)[0])
