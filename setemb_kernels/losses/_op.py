@@ -16,7 +16,8 @@ from setemb_kernels._library import define, forbid_double_backward, register_aut
 from setemb_kernels.losses.tiles import TENSORS, Gradients, Sets
 
 _SETS = (
-    "Tensor x, Tensor y, Tensor alpha, Tensor match_bias, Tensor? x_mask, Tensor? y_mask, Tensor? x_group, Tensor? y_group"
+    "Tensor x, Tensor y, Tensor alpha, Tensor match_bias, Tensor? x_mask, Tensor? y_mask, Tensor? x_group,"
+    " Tensor? y_group"
 )
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., Sequence[Tensor]]
