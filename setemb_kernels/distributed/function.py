@@ -52,7 +52,7 @@ class _Function(torch.autograd.Function):
         *tensors: Any,
     ) -> Tensor:
         kind, mean = similarity
-        sets, scalars = Sets(*tensors[1 : 1 + TENSORS], kind=kind, mean=mean), tensors[1 + TENSORS :]
+        sets, scalars = Sets(*tensors[1 : 1 + TENSORS])._replace(kind=kind, mean=mean), tensors[1 + TENSORS :]
         ctx.needs = ctx.needs_input_grad[_BEFORE : _BEFORE + TENSORS]
         batch = Batch(Ring(name, group, timeout, sets.x.device), sets, ctx.needs[1], repr(loss))
         result, ctx.state = loss.forward(batch, *scalars)
@@ -64,7 +64,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, batch = ctx.saved_tensors, ctx.batch
-        sets, scalars = Sets(*saved[:TENSORS], kind=batch.sets.kind, mean=batch.sets.mean), saved[TENSORS:]
+        sets, scalars = Sets(*saved[:TENSORS])._replace(kind=batch.sets.kind, mean=batch.sets.mean), saved[TENSORS:]
         batch.sets = sets
         need_x, need_y, need_alpha, need_bias = ctx.needs[:4]
         with torch.no_grad(), torch.autocast(sets.x.device.type, enabled=False):
