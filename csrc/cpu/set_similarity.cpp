@@ -5,9 +5,9 @@
 // similarity does with a tile happens while it is in cache (set_similarity_tile.h). All pairs, pairs and candidates
 // differ in who meets whom alone. Working memory is a tile and a group for each thread, whatever N, M and the sets.
 //
-// The backward pass makes scores again. Tasks that own sets of x add up dX, then tasks that own sets of y add up dY, each
-// output element by one task in one order: the result does not depend on the number of threads. Where the gradient of a
-// maximum is wanted for both, its places are kept in between if that takes no more memory than the gradients.
+// The backward pass makes scores again. Tasks that own sets of x add up dX, then tasks that own sets of y add up dY,
+// each output element by one task in one order: the result does not depend on the number of threads. Where the gradient
+// of a maximum is wanted for both, its places are kept in between if that takes no more memory than the gradients.
 #include "set_similarity.h"
 
 #include <limits>
@@ -47,39 +47,40 @@ void add_row(T* __restrict out, T w, const In* __restrict row, int64_t features)
   for (; d < features; ++d) out[d] += w * static_cast<T>(to_float(row[d]));
 }
 
-// Sums of many rows that are chosen one at a time: in parts, which are added up now and then, so that rounding does not
-// grow with how many there are.
+// Sums of many rows that are chosen one at a time. Each is made of parts of eight, so that rounding does not grow with
+// how many there are.
 template <class T>
 class SumInParts {
  public:
   SumInParts(T* total, int64_t rows, int64_t features)
-      : total_(total), rows_(rows), features_(features), part_(rows * features) {
-    clear();
+      : total_(total), features_(features), part_(rows * features), count_(rows, 0) {
+    std::fill_n(part_.get(), rows * features, T(0));
   }
 
   template <class In>
   void add(int64_t row, T w, const In* values) {
-    if (count_ == 4 * rows_) flush();
-    ++count_;
     add_row(part_.get() + row * features_, w, values, features_);
+    if (++count_[row] == 8) flush(row);
   }
 
   void flush() {
-    if (count_ == 0) return;
-    for (int64_t i = 0; i < rows_ * features_; ++i) total_[i] += part_.get()[i];
-    clear();
+    for (int64_t row = 0; row < static_cast<int64_t>(count_.size()); ++row) {
+      if (count_[row] > 0) flush(row);
+    }
   }
 
  private:
-  void clear() {
-    std::fill_n(part_.get(), rows_ * features_, T(0));
-    count_ = 0;
+  void flush(int64_t row) {
+    T* const part = part_.get() + row * features_;
+    add_row(total_ + row * features_, T(1), part, features_);
+    std::fill_n(part, features_, T(0));
+    count_[row] = 0;
   }
 
   T* const total_;
-  const int64_t rows_, features_;
+  const int64_t features_;
   const Buffer<T> part_;
-  int64_t count_ = 0;
+  std::vector<uint8_t> count_;
 };
 
 // What one thread works with: a group of sets of x, and sets of y that meet it.
@@ -88,8 +89,7 @@ class Worker {
   using T = typename P::Acc;
 
  public:
-  explicit Worker(const SimilarityProblem& p, bool backward_dense)
-      : p_(p), epilogue_(p), scores_(p, !backward_dense) {}
+  explicit Worker(const SimilarityProblem& p, bool backward_dense) : p_(p), epilogue_(p), scores_(p, !backward_dense) {}
 
   SetEpilogue<T>& epilogue() { return epilogue_; }
 
@@ -305,7 +305,8 @@ void forward_as(const SimilarityProblem& p, Out* out) {
   });
 }
 
-// Which pairs (set of x, place among its candidates) hold a set of y: those of set j are places[begin[j]..begin[j + 1]).
+// Which pairs (set of x, place among its candidates) hold a set of y: those of set j are places[begin[j]..begin[j +
+// 1]).
 struct Holders {
   std::vector<int64_t> begin, places;
 
@@ -455,9 +456,7 @@ class Backward {
     w.select(group);
     if (w.group().columns == 0) return;
     if (hard_) {
-      w.hard(run, g, [&](int64_t column, int64_t y_row, T weight) {
-        parts.add(y_row - top, weight, w.x_row(column));
-      });
+      w.hard(run, g, [&](int64_t column, int64_t y_row, T weight) { parts.add(y_row - top, weight, w.x_row(column)); });
     } else {
       w.prepare_y();
       w.soft(run, g, sums, [&](const T* tile, int64_t ld, int64_t first, int64_t rows) {
@@ -472,14 +471,14 @@ class Backward {
     for (int64_t j = run.first; j < run.last; ++j) {
       if (p_.y.offsets[j] == p_.y.offsets[j + 1]) continue;
       const int32_t* const places = kept_.get() + j * p_.x.rows;
-      SumInParts<T> parts(sum + (p_.y.offsets[j] - top) * p_.features, p_.y.offsets[j + 1] - p_.y.offsets[j], p_.features);
+      SumInParts<T> parts(sum + (p_.y.offsets[j] - top) * p_.features, p_.y.offsets[j + 1] - p_.y.offsets[j],
+                          p_.features);
       for (int64_t i = 0; i < p_.x.sets; ++i) {
         const int64_t count = p_.x.offsets[i + 1] - p_.x.offsets[i];
         if (count == 0) continue;
         const double g = gradient(i, j);
         const T weight = static_cast<T>(p_.mean ? g / static_cast<double>(count) : g);
-        for (int64_t k = p_.x.offsets[i]; k < p_.x.offsets[i + 1]; ++k)
-          parts.add(places[k], weight, w.x_row(k));
+        for (int64_t k = p_.x.offsets[i]; k < p_.x.offsets[i + 1]; ++k) parts.add(places[k], weight, w.x_row(k));
       }
       parts.flush();
     }

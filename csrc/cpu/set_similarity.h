@@ -9,7 +9,8 @@ namespace setemb {
 
 enum class SimilarityKind { kSmoothChamfer, kChamfer, kMaxSim, kSoftMaxSim, kMax, kMatchProbability };
 
-// Packed sets: set i is the rows offsets[i] to offsets[i + 1] of a matrix [rows, features] of unit stride over features.
+// Packed sets: set i is the rows offsets[i] to offsets[i + 1] of a matrix [rows, features] of unit stride over
+// features.
 struct PackedSets {
   const void* data;
   int64_t rows, stride;    // stride in elements

@@ -108,9 +108,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> set_similarity_backward_(
          grad_bias = gradient(bias, need_bias);
   double alpha_sum = 0, bias_sum = 0;
   if (grad.numel() > 0) {
-    const SimilarityGradients out = {
-        need_x ? grad_x.mutable_data_ptr() : nullptr, need_y ? grad_y.mutable_data_ptr() : nullptr,
-        need_alpha ? &alpha_sum : nullptr, need_bias ? &bias_sum : nullptr};
+    const SimilarityGradients out = {need_x ? grad_x.mutable_data_ptr() : nullptr,
+                                     need_y ? grad_y.mutable_data_ptr() : nullptr, need_alpha ? &alpha_sum : nullptr,
+                                     need_bias ? &bias_sum : nullptr};
     set_similarity_backward(dtype_of(x), args.problem, grad.data_ptr(), grad.scalar_type() != x.scalar_type(), out);
   }
   if (need_alpha) torch::stable::fill_(grad_alpha, alpha_sum);

@@ -1,9 +1,9 @@
 // Scores of vectors of y (rows) with a group of sets of x (columns), a tile at a time.
 //
-// The vectors of y, the long side, are read where they lie: the micro-kernel of gemm.h takes its left operand at any row
-// stride, and broadcasts from it. They are copied only where they have to be decoded or where their stride would let
-// twelve of them fall upon each other in the first-level cache. The group is packed once for all rows it meets. Next to
-// few columns, of which a micro-tile would leave most empty, dot products of rows.h do it instead.
+// The vectors of y, the long side, are read where they lie: the micro-kernel of gemm.h takes its left operand at any
+// row stride, and broadcasts from it. They are copied only where they have to be decoded or where their stride would
+// let twelve of them fall upon each other in the first-level cache. The group is packed once for all rows it meets.
+// Next to few columns, of which a micro-tile would leave most empty, dot products of rows.h do it instead.
 #pragma once
 
 #include <algorithm>
@@ -73,13 +73,18 @@ class SetScores {
     for (int64_t r = 0; r < panels * kMicroRows; ++r) c_[r] = tile_.get() + r * ld_;
     // rows beyond the last are read too, and make rows of the tile that nobody wants
     const int64_t whole = in_place() ? std::min(panels, (y_.rows - first) / kMicroRows) : 0;
-    if (whole > 0) {
-      const int64_t stride = y_.stride / P::group;
+    const int64_t stride = y_.stride / P::group;
+    if (columns_ <= 2 * width) {  // memory is what takes the time
+      for (int64_t p = 0; p < whole; ++p) {
+        prefetch(first + p * kMicroRows + ahead(), kMicroRows);
+        product({reinterpret_cast<const E*>(y_row(first + p * kMicroRows)), 0, stride, 1}, 1, p);
+      }
+    } else if (whole > 0) {
       product({reinterpret_cast<const E*>(y_row(first)), kMicroRows * stride, stride, 1}, whole, 0);
     }
     if (whole < panels) {
-      const int64_t stride = stage(first + whole * kMicroRows, count - whole * kMicroRows);
-      product({staged_.get(), kMicroRows * stride, stride, 1}, panels - whole, whole);
+      const int64_t copied = stage(first + whole * kMicroRows, count - whole * kMicroRows);
+      product({staged_.get(), kMicroRows * copied, copied, 1}, panels - whole, whole);
     }
   }
 
@@ -123,6 +128,19 @@ class SetScores {
     for (; d < D_; ++d) out[d] = to_float(row[d]);
   }
 
+  // Brings rows of y that will be read soon into the second-level cache: by itself the processor does not see far
+  // enough ahead, and into the first level too few lines can be on their way at a time.
+  void prefetch(int64_t first, int64_t count) const {
+    const int64_t last = std::min(first + count, y_.rows);
+    for (int64_t r = first; r < last; ++r) {
+      const char* const row = reinterpret_cast<const char*>(y_row(r));
+      for (int64_t b = 0; b < row_bytes(); b += 64) __builtin_prefetch(row + b, 0, 2);
+    }
+  }
+
+  int64_t row_bytes() const { return D_ * static_cast<int64_t>(sizeof(In)); }
+  int64_t ahead() const { return std::max<int64_t>(16, (32 << 10) / std::max<int64_t>(row_bytes(), 1)); }  // rows
+
   // Copies rows of y, decoded; returns their stride.
   int64_t stage(int64_t first, int64_t count) {
     const int64_t stride = round_up(std::max<int64_t>(steps(), 1), 16) + 16;
@@ -151,7 +169,13 @@ class SetScores {
         y_rows_[r] = reinterpret_cast<const T*>(staged_.get()) + from * stride;
       }
     }
-    dots<T>(y_rows_.data(), y_rows_.size(), few_rows_.data(), few_rows_.size(), D_, tile_.get(), ld_);
+    constexpr int64_t step = 2 * kRowPadding;
+    const int64_t rows = static_cast<int64_t>(y_rows_.size());
+    for (int64_t r = 0; r < rows; r += step) {
+      prefetch(first + r + ahead(), step);
+      dots<T>(y_rows_.data() + r, std::min(step, rows - r), few_rows_.data(), few_rows_.size(), D_,
+              tile_.get() + r * ld_, ld_);
+    }
   }
 
   const PackedSets x_, y_;

@@ -7,7 +7,9 @@
 // that go both ways, lies along the lanes.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "parallel.h"
@@ -69,12 +71,14 @@ class SetEpilogue {
   const bool mean_;
   const T sharpness_, inverse_alpha_, alpha_, bias_;
   ColumnGroup<T> group_;
-  int64_t width_ = 0;                        // columns, whole vectors
-  Buffer<T> best_, sum_, dot_, factor_;      // a column
-  Buffer<I> arg_;                            // a column: which row of the set, the first of equals
-  std::vector<double> along_y_, of_pairs_;   // a set of x: the sum over rows, over rows and columns
-  std::vector<ScalarLogProduct> row_sums_;   // a set of x
-  std::vector<double> row_factor_;           // a set of x
+  int64_t width_ = 0;                    // columns, whole vectors
+  Buffer<T> best_, sum_, dot_, factor_;  // a column
+  Buffer<I> arg_;                        // a column: which row of the set, the first of equals
+  using Sum = std::conditional_t<sizeof(T) == 8, long double, double>;  // of the numbers of a pair's vectors
+
+  std::vector<Sum> along_y_, of_pairs_;     // a set of x: the sum over rows, over rows and columns
+  std::vector<ScalarLogProduct> row_sums_;  // a set of x
+  std::vector<double> row_factor_;          // a set of x
 
  public:
   explicit SetEpilogue(const SimilarityProblem& p)
@@ -109,8 +113,8 @@ class SetEpilogue {
     std::fill_n(sum_.get(), width_, T(0));
     std::fill_n(dot_.get(), width_, T(0));
     std::fill_n(arg_.get(), width_, I(0));
-    std::fill_n(along_y_.begin(), group_.sets, 0.0);
-    std::fill_n(of_pairs_.begin(), group_.sets, 0.0);
+    std::fill_n(along_y_.begin(), group_.sets, Sum(0));
+    std::fill_n(of_pairs_.begin(), group_.sets, Sum(0));
     std::fill_n(row_sums_.begin(), group_.sets, ScalarLogProduct());
   }
 
@@ -140,12 +144,13 @@ class SetEpilogue {
   double similarity(int64_t s, int64_t y_count) const {
     const int64_t begin = group_.begin(s), end = group_.end(s);
     const double x_weight = 1.0 / static_cast<double>(end - begin), y_weight = 1.0 / static_cast<double>(y_count);
-    if (kind_ == SimilarityKind::kMatchProbability) return of_pairs_[s] * x_weight * y_weight;
+    if (kind_ == SimilarityKind::kMatchProbability) return static_cast<double>(of_pairs_[s]) * x_weight * y_weight;
     if (kind_ == SimilarityKind::kMax) return static_cast<double>(best_.get()[largest(s)]);
-    double sum = 0;
-    for (int64_t c = begin; c < end; ++c) sum += static_cast<double>(best_.get()[c]);
+    Sum columns = 0;
+    for (int64_t c = begin; c < end; ++c) columns += static_cast<Sum>(best_.get()[c]);
+    const double sum = static_cast<double>(columns);
     if (!goes_both_ways(kind_)) return mean_ ? sum * x_weight : sum;
-    double other = along_y_[s];
+    double other = static_cast<double>(along_y_[s]);
     if (is_soft(kind_)) other += row_sums_[s].log() * static_cast<double>(inverse_alpha_);
     return 0.5 * (sum * x_weight + other * y_weight);
   }
@@ -256,18 +261,51 @@ class SetEpilogue {
 
   template <bool kArg>
   void maxima(const T* scores, int64_t ld, int64_t rows, int64_t place) {
+    if (!kArg) return maxima_alone(scores, ld, rows);
     for (int64_t c = 0; c < width_; c += lanes) {
       const T* p = scores + c;
       V best = load(best_.get() + c);
-      VI arg = kArg ? load(arg_.get() + c) : VI{};
+      VI arg = load(arg_.get() + c);
       for (int64_t r = 0; r < rows; ++r, p += ld) {
         const V v = load(p);
         const auto take = (v > best) | (v != v);  // a NaN enters and stays
         best = take ? v : best;
-        if (kArg) arg = take ? static_cast<I>(place + r) - VI{} : arg;
+        arg = take ? static_cast<I>(place + r) - VI{} : arg;
       }
       store(best_.get() + c, best);
-      if (kArg) store(arg_.get() + c, arg);
+      store(arg_.get() + c, arg);
+    }
+  }
+
+  // Four rows at a time, so that none waits for the comparison before. NaNs are larger, as bits, than all numbers.
+  void maxima_alone(const T* scores, int64_t ld, int64_t rows) {
+    constexpr I magnitude = std::numeric_limits<I>::max();
+    for (int64_t c = 0; c < width_; c += lanes) {
+      const T* p = scores + c;
+      const V before = load(best_.get() + c);
+      V best[4] = {before, before, before, before};
+      VI bits[4] = {};
+      const auto take = [&](int i, const T* from) {
+        const V v = load(from);
+        best[i] = v > best[i] ? v : best[i];
+        const VI b = reinterpret_cast<VI>(v) & magnitude;
+        bits[i] = b > bits[i] ? b : bits[i];
+      };
+      int64_t r = 0;
+      for (; r + 4 <= rows; r += 4, p += 4 * ld) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) take(i, p + i * ld);
+      }
+      for (; r < rows; ++r, p += ld) take(0, p);
+#pragma GCC unroll 4
+      for (int i = 1; i < 4; ++i) {
+        best[0] = best[i] > best[0] ? best[i] : best[0];
+        bits[0] = bits[i] > bits[0] ? bits[i] : bits[0];
+      }
+      const VI limit = ((I{Format<T>::bias} * 2 + 1) << Format<T>::mantissa_bits) - VI{};
+      const V nan = splat<T>(std::numeric_limits<T>::quiet_NaN());
+      best[0] = before == before ? best[0] : before;
+      store(best_.get() + c, bits[0] > limit ? nan : best[0]);
     }
   }
 
@@ -304,7 +342,7 @@ class SetEpilogue {
       store(sum_.get() + c, sum);
     }
     for (int64_t s = 0; s < group_.sets; ++s) {
-      for (int64_t c = group_.begin(s); c < group_.end(s); ++c) of_pairs_[s] += static_cast<double>(sum_.get()[c]);
+      for (int64_t c = group_.begin(s); c < group_.end(s); ++c) of_pairs_[s] += static_cast<Sum>(sum_.get()[c]);
     }
   }
 
@@ -350,8 +388,8 @@ class SetEpilogue {
     for (int64_t s = 0; s < group_.sets; ++s) {
       const int64_t begin = group_.begin(s), n = group_.size(s);
       if (n == 0) continue;
-      double sum = 0;
-      for (int64_t r = 0; r < rows; ++r) sum += static_cast<double>(segment_maximum(scores + r * ld + begin, n));
+      Sum sum = 0;
+      for (int64_t r = 0; r < rows; ++r) sum += static_cast<Sum>(segment_maximum(scores + r * ld + begin, n));
       along_y_[s] += sum;
     }
   }
@@ -380,7 +418,7 @@ class SetEpilogue {
         const T m = segment_maximum(p, n);
         T sum, dot;
         segment_sums<false>(p, n, m, sum, dot);
-        along_y_[s] += static_cast<double>(m);
+        along_y_[s] += static_cast<Sum>(m);
         row_sums_[s].multiply(static_cast<double>(sum));
       }
     }

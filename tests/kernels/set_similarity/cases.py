@@ -243,13 +243,40 @@ def _largest(values: Tensor, dim: int) -> Tensor:
 
 
 def _eager_in_another_order(i: Inputs, seed: int) -> Results:
-    """`eager` with features permuted: no order of summation is the right one, and in float64 the judge has one too."""
-    d = torch.randperm(i.x.shape[1], generator=torch.Generator().manual_seed(seed)).to(i.x.device)
+    """`eager` with sets and features permuted: no order of summation is the right one, and in float64 the judge has
+    one too."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (len(i.x_offsets) - 1, len(i.y_offsets) - 1, i.x.shape[1])
+    n, m, d = (torch.randperm(size, generator=generator).to(i.x.device) for size in sizes)
+    (x_rows, x_offsets), (y_rows, y_offsets) = _permuted(i.x_offsets, n, len(i.x)), _permuted(i.y_offsets, m, len(i.y))
+    if i.candidates is None:
+        candidates, grad = None, i.grad[n][:, m]
+    else:
+        candidates, grad = i.candidates[n], i.grad[n]
+        candidates = torch.where(candidates < 0, -1, m.argsort()[candidates.clamp(min=0)])
     try:
-        s, x_grad, y_grad, *rest = eager(i._replace(x=i.x[:, d], y=i.y[:, d]))
+        s, x_grad, y_grad, *rest = eager(
+            i._replace(
+                x=i.x[x_rows][:, d],
+                x_offsets=x_offsets,
+                y=i.y[y_rows][:, d],
+                y_offsets=y_offsets,
+                candidates=candidates,
+                grad=grad,
+            )
+        )
     except (IndexError, RuntimeError):  # empty reductions
         return reference_results(i)
-    return s, x_grad[:, d.argsort()], y_grad[:, d.argsort()], *rest  # type: ignore[return-value]
+    n, m, d = n.argsort(), m.argsort(), d.argsort()
+    s = s[n][:, m] if candidates is None else s[n]
+    return s, x_grad[x_rows.argsort()][:, d], y_grad[y_rows.argsort()][:, d], *rest  # type: ignore[return-value]
+
+
+def _permuted(offsets: Tensor, order: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Which rows the sets are made of in this order (then those of no set), and their offsets."""
+    pieces = [torch.arange(int(offsets[s]), int(offsets[s + 1]), device=offsets.device) for s in order.tolist()]
+    pieces.append(torch.arange(int(offsets[-1]), rows, device=offsets.device))
+    return torch.cat(pieces), torch.cat([offsets[:1], offsets.diff()[order].cumsum(0)])
 
 
 def reference_results(i: Inputs, wide: bool = False) -> Results:
