@@ -496,7 +496,7 @@ def gradient_kernel(
                             top = tl.load(source + column, mask=is_column, other=0)[None, :]
                             inverse = tl.load(source + plane + column, mask=is_column, other=1)
                             inverse = tl.div_rn(FACTOR, inverse)[None, :]
-                        w = tl.exp2((c - top) * scale) * inverse
+                        w = tl.exp2(tl.minimum(c - top, 0.0) * scale) * inverse  # c may be rounded otherwise than top
                     w = tl.where(exists[:, None] & is_column[None, :], w, 0.0)
                 place = other + column[:, None] * other_stride + d[None, :] * other_stride_d
                 v = tl.load(place, mask=is_column[:, None] & (d < D)[None, :], other=0)
