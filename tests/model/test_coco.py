@@ -108,12 +108,12 @@ def test_the_order_does_not_matter_where_ids_are_given(
 
 def test_an_ensemble_of_parts_is_the_whole(sets: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Dot products of two parts of vectors add up to those of the vectors."""
-    images, captions = (of[:, :1] for of in sets)
-    parts = [Encoded(images[..., part], captions[..., part]) for part in (slice(0, 3), slice(3, 8))]
+    images, captions = (of.flatten(1)[:, None] for of in sets)
+    parts = [Encoded(images[..., part], captions[..., part]) for part in (slice(0, 5), slice(5, 16))]
     whole = evaluate_eccv_caption(images, captions)
     for figure, ways in eccv_caption_of(Similarities(parts)).items():
         assert ways == pytest.approx(whole[figure], abs=0.1), figure  # a near tie may turn
-        assert 5 < ways["image_to_text"] < 95
+        assert 1 < ways["image_to_text"] < 100  # by chance far less
 
 
 def test_what_does_not_fit_is_named(
