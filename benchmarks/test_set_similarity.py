@@ -15,6 +15,9 @@ from benchmarks.harness import Function, Row, measure
 from setemb_kernels import maxsim
 
 
+DOCUMENTS = 10_000
+
+
 def eager_maxsim(x: Tensor, y: Tensor) -> Tensor:
     return torch.einsum("nkd,mld->nmkl", x, y).amax(3).sum(2)
 
@@ -33,26 +36,26 @@ def package_peers(query: Tensor, documents: Tensor) -> dict[str, Function]:
 
 
 @pytest.mark.parametrize(("K", "L", "D"), [(32, 128, 128), (4, 1024, 128), (4, 4, 1024)])
-def test_one_query(benchmark: BenchmarkFixture, K: int, L: int, D: int, documents: int = 10_000) -> None:
+def test_one_query(benchmark: BenchmarkFixture, K: int, L: int, D: int) -> None:
     x = functional.normalize(torch.randn(1, K, D), dim=-1)
-    y = torch.randn(documents, L, D)
+    y = torch.randn(DOCUMENTS, L, D)
     y /= torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     compiled = torch.compile(eager_maxsim, dynamic=False)
     measure(
         benchmark,
-        Row("set_similarity", f"maxsim 1 x {documents:,} K{K} L{L} D{D} float32 cpu", None, "product"),
+        Row("set_similarity", f"maxsim 1 x {DOCUMENTS:,} K{K} L{L} D{D} float32 cpu", None, "product"),
         ours=lambda: maxsim(x, y),
         floor=lambda: y.flatten(0, 1) @ x[0].T,
         peers={"eager": lambda: eager_maxsim(x, y), "compiled": lambda: compiled(x, y), **package_peers(x[0], y)},
-        operations=2.0 * documents * K * L * D,
+        operations=2.0 * DOCUMENTS * K * L * D,
     )
 
 
-def test_ragged_documents(benchmark: BenchmarkFixture, documents: int = 10_000) -> None:
+def test_ragged_documents(benchmark: BenchmarkFixture) -> None:
     """8 to 300 tokens, 60 in the middle, beside the padded form."""
     D = 128
     generator = torch.Generator().manual_seed(0)
-    counts = (60 * torch.exp(0.6 * torch.randn(documents, generator=generator))).clamp(8, 300).long()
+    counts = (60 * torch.exp(0.6 * torch.randn(DOCUMENTS, generator=generator))).clamp(8, 300).long()
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     x = functional.normalize(torch.randn(1, 32, D), dim=-1)
     rows = functional.normalize(torch.randn(int(offsets[-1]), D), dim=-1)
@@ -66,7 +69,7 @@ def test_ragged_documents(benchmark: BenchmarkFixture, documents: int = 10_000) 
 
     measure(
         benchmark,
-        Row("set_similarity", f"maxsim 1 x {documents:,} ragged K32 D{D} float32 cpu", None, "product of the padded"),
+        Row("set_similarity", f"maxsim 1 x {DOCUMENTS:,} ragged K32 D{D} float32 cpu", None, "product of the padded"),
         ours=lambda: maxsim(x, rows, y_offsets=offsets),
         floor=lambda: padded.flatten(0, 1) @ x[0].T,
         peers={"eager": eager},
