@@ -14,7 +14,6 @@ from torch.nn import functional
 from benchmarks.harness import Function, Row, measure
 from setemb_kernels import maxsim
 
-
 DOCUMENTS = 10_000
 
 
