@@ -126,7 +126,7 @@ class use_backend:  # noqa: N801 -- a function, to its users
     chosen when it runs. What was asked for never falls back: where it cannot serve a call, the call raises.
 
     Args:
-        op: "smooth_chamfer" or "slot_attention".
+        op: "smooth_chamfer", "set_similarity" or "slot_attention".
         device: "cuda". (On the CPU the compiled module of the best capability serves.)
         implementation: "cuda" (CUDA C++; *not yet proven on a GPU*), "triton", "reference", or "automatic".
 

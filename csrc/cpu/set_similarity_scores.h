@@ -134,7 +134,10 @@ class SetScores {
     const int64_t last = std::min(first + count, y_.rows);
     for (int64_t r = first; r < last; ++r) {
       const char* const row = reinterpret_cast<const char*>(y_row(r));
-      for (int64_t b = 0; b < row_bytes(); b += 64) __builtin_prefetch(row + b, 0, 2);
+      for (int64_t b = 0; b < row_bytes(); b += 64) {
+        __builtin_prefetch(row + b, 0, 2);
+        asm volatile("");  // else the compiler finds that the function does nothing, and leaves out its calls
+      }
     }
   }
 

@@ -35,7 +35,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def test_the_compiled_module_serves_the_cpu() -> None:
     rows = [b for b in backends() if b.device == "cpu"]
-    assert {row.op for row in rows} == {"slot_attention", "smooth_chamfer"}
+    assert {row.op for row in rows} == {"set_similarity", "slot_attention", "smooth_chamfer"}
     for row in rows:
         assert row.implementation == f"c++ {SUPPORTED[0]}", row.reason
         assert row.reason == ""
@@ -54,7 +54,12 @@ def test_every_case_on_lesser_capabilities(capability: str) -> None:
     served = python("-m", "setemb_kernels", ATEN_CPU_CAPABILITY=capability)
     assert f"c++ {capability}" in served.stdout
     run = python(
-        *("-m", "pytest", "-x", "tests/kernels/smooth_chamfer", "tests/kernels/slot_attention"),
+        *(
+            "-m",
+            "pytest",
+            "-x",
+            *(f"tests/kernels/{op}" for op in ("smooth_chamfer", "slot_attention", "set_similarity")),
+        ),
         *("-k", "test_op or published or dot_product or not_finite or (mixed_op and few)"),
         ATEN_CPU_CAPABILITY=capability,
     )
@@ -76,7 +81,7 @@ def test_without_compiled_modules_the_reference_serves(tmp_path: Path) -> None:
         "import sys\n"  # an editable install finds compiled modules wherever the package is
         "sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__name__', '').startswith('_Editable')]\n"
         "import torch, setemb_kernels as s\n"
-        "row = s.backends()[0]\n"
+        "row = next(r for r in s.backends() if r.op == 'smooth_chamfer')\n"
         "print(row.implementation, '|', row.reason, '|', s.build_info())\n"
         "x = torch.randn(3, 2, 4, requires_grad=True)\n"
         "s.smooth_chamfer(x, x).sum().backward()\n"

@@ -92,7 +92,11 @@ def test_no_kernel_that_never_ran_on_a_gpu_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("chamfer", "cuda", "cuda"), ValueError, "op: expected one of slot_attention, smooth_chamfer, got 'chamfer'"),
+        (
+            ("chamfer", "cuda", "cuda"),
+            ValueError,
+            "op: expected one of set_similarity, slot_attention, smooth_chamfer, got 'chamfer'",
+        ),
         (("smooth_chamfer", "cpu", "cuda"), ValueError, "device: expected 'cuda'.*got 'cpu'"),
         (
             ("smooth_chamfer", "cuda", "cutlass"),
