@@ -101,10 +101,9 @@ def _block(mean: int, largest: int) -> int:
 
 def _block_d(D: int, dtype: torch.dtype) -> tuple[int, bool]:
     """Features at a time, and whether these are all."""
-    most = 32 if dtype == torch.float32 else 128  # float32 products hold both operands in registers
-    if most >= D:
-        return max(16, _triton.next_power_of_two(D)), True
-    return most // 2, False
+    if dtype == torch.float32:  # whose products hold both operands in registers
+        return 16, D <= 16
+    return (max(16, _triton.next_power_of_two(D)), True) if D <= 128 else (64, False)
 
 
 # --- directions
