@@ -89,7 +89,8 @@ class Case:
             candidates[:, 4] = candidates[:, 3]
         shape = (self.N, self.M) if candidates is None else candidates.shape
         grad = torch.randn(shape, generator=generator, dtype=torch.float64)
-        x, y, grad = (_lay_out(v.to(device, dtype), self.layout) for v in (x, y, grad))
+        x, y = (_lay_out(v.to(device, dtype), self.layout) for v in (x, y))
+        grad = _lay_out(grad.to(device, dtype), self.layout.replace("expanded", ""))
         first = {"match_probability": self.scale}.get(kind, self.alpha if kind in reference.SOFT else 1.0)
         return Inputs(
             x,
