@@ -11,7 +11,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.harness import Function, Row, measure
+from benchmarks.harness import ROWS, Function, Row, measure
+from benchmarks.memory import in_a_process_of_its_own
 from setemb_kernels import maxsim
 
 DOCUMENTS = 10_000
@@ -74,3 +75,47 @@ def test_ragged_documents(benchmark: BenchmarkFixture) -> None:
         peers={"eager": eager},
         operations=2.0 * len(rows) * 32 * D,
     )
+
+
+BATCH, TOKENS = 256, (32, 180, 128)
+"""Of a training step: queries and documents, each a document's own; tokens of either, features."""
+
+
+def contrastive_step(similarity: str, batch: int = BATCH) -> Function:
+    """One-sided InfoNCE over MaxSim, forward and backward: with all scores stored, as in PyLate, or with ours."""
+    K, L, D = TOKENS
+    x, y = (functional.normalize(torch.randn(batch, k, D), dim=-1).requires_grad_() for k in (K, L))
+    scores = eager_maxsim if similarity == "stored" else maxsim
+    own = torch.arange(batch)
+    return lambda: torch.autograd.grad(functional.cross_entropy(scores(x, y), own), (x, y))
+
+
+def test_contrastive_step(benchmark: BenchmarkFixture) -> None:
+    K, L, D = TOKENS
+    measure(
+        benchmark,
+        Row("set_similarity", f"maxsim InfoNCE step B{BATCH} K{K} L{L} D{D} float32 cpu", 0.5, "scores stored"),
+        ours=contrastive_step("ours"),
+        floor=contrastive_step("stored"),
+        peers={},
+        operations=6.0 * BATCH * BATCH * K * L * D,
+        rounds=3,
+    )
+
+
+PEAK = """
+import sys, torch
+from benchmarks.memory import peak_beyond_inputs_and_results
+from benchmarks.test_set_similarity import contrastive_step
+contrastive_step(sys.argv[1], 4)()
+print(peak_beyond_inputs_and_results(contrastive_step(sys.argv[1])))
+"""
+
+
+def test_peak_memory_of_a_contrastive_step() -> None:
+    K, L, D = TOKENS
+    name = f"maxsim InfoNCE step B{BATCH} K{K} L{L} D{D} float32 cpu"
+    stored = in_a_process_of_its_own(PEAK, "stored")
+    ours = in_a_process_of_its_own(PEAK, "ours")
+    ROWS.append(Row("set_similarity", f"peak memory, {name}, scores stored", None, "", memory_mib=stored))
+    ROWS.append(Row("set_similarity", f"peak memory, {name}", None, "", memory_mib=ours, limit_mib=stored / 4))
