@@ -57,7 +57,7 @@ def run(i: Inputs, wide: bool = False) -> Results:
     return backend.forward(*arguments, wide), *backend.backward(i.grad, *arguments, True, True, True, True)
 
 
-@pytest.mark.parametrize(("case", "kind", "dtype"), table())
+@pytest.mark.parametrize(("case", "kind", "dtype"), list(table()))
 def test_table(case: Case, kind: str, dtype: torch.dtype) -> None:
     check(run, case, kind, dtype, DEVICE)
 
