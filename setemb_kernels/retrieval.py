@@ -19,6 +19,9 @@ CHUNK = 1024
 LONGEST = 1 << 16
 """The most sets of a gallery in a tile."""
 
+GPU_CHUNK, GPU_LONGEST = 8192, 1 << 18
+"""The same two on a GPU, where a launch costs as much as a small tile."""
+
 
 class Tiles(Protocol):
     """Similarities of N rows with M columns, made a tile at a time: what `topk_of_tiles` and `rank_of_tiles` walk over.
@@ -68,8 +71,8 @@ def set_topk(
     """The k sets of a gallery that are most similar to each query: exactly those that sorting all similarities finds.
 
     Memory beyond the results: a few times a tile of ``chunk x chunk`` similarities (ten times, where most of them are
-    equal) and, where the gallery has another dtype than similarities are computed in, 16 MiB of its sets. The gallery
-    is read once for every ``chunk`` queries, front to back, so it may be mapped from a file.
+    equal) and, where the gallery has another dtype than similarities are computed in, 16 MiB of its sets (256 MiB on a
+    GPU). The gallery is read once for every ``chunk`` queries, front to back, so it may be mapped from a file.
 
     Args:
         queries: ``[N, K, D]`` float32, bfloat16, float16 or float64.
@@ -82,7 +85,8 @@ def set_topk(
         reduction: of maxsim and soft_maxsim, "sum" or "mean".
         query_mask, gallery_mask: bool ``[N, K]`` and ``[M, L]``, True = valid.
         gallery_scale: ``[M, L]``: a vector of the gallery is this number times its entries; int8 needs it.
-        chunk: sets on either side of a tile; unless given `CHUNK`, and more of the gallery where queries are few.
+        chunk: sets on either side of a tile; unless given `CHUNK` (`GPU_CHUNK`), and more of the gallery where queries
+            are few.
 
     Returns:
         Values ``[N, k]``, in descending order, in the dtype they are computed in, and indices int64 ``[N, k]``. Among
@@ -236,9 +240,10 @@ class SetTiles:
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.x, self.y, self.x_mask, self.y_mask, self.y_scale = x, y, x_mask, y_mask, y_scale
         self.measure = measure
-        self.rows = chunk or CHUNK
-        long = min(max(CHUNK, CHUNK * CHUNK // max(len(x), 1)), LONGEST)
-        self.columns = chunk or (long if y.device == x.device else CHUNK)  # else a tile's sets are copied
+        size, longest = (CHUNK, LONGEST) if x.device.type == "cpu" else (GPU_CHUNK, GPU_LONGEST)
+        self.rows = chunk or size
+        long = min(max(size, size * size // max(len(x), 1)), longest)
+        self.columns = chunk or (long if y.device == x.device else size)  # else a tile's sets are copied
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """All tiles, rows outermost."""

@@ -11,6 +11,9 @@ from setemb_kernels.losses.tiles import Gradients, Sets
 CHUNK_ELEMENTS = 1 << 20
 """Elements of x and y gathered at a time, each."""
 
+GPU_CHUNK_ELEMENTS = 1 << 26
+"""The same on a GPU."""
+
 
 def similarities(sets: Sets, rows: Tensor, columns: Tensor) -> Tensor:
     """``[P]``: set ``rows[p]`` of x with set ``columns[p]`` of y, in ``sets.dtype``."""
@@ -47,6 +50,7 @@ def _gathered(sets: Sets, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor
 
 def _chunks(sets: Sets, count: int) -> Iterator[slice]:
     (_, K, D), L = sets.x.shape, sets.y.shape[1]
-    step = max(1, CHUNK_ELEMENTS // max(1, max(K, L) * D))
+    elements = CHUNK_ELEMENTS if sets.x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    step = max(1, elements // max(1, max(K, L) * D))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))

@@ -19,6 +19,9 @@ from setemb_kernels.measure import Measure
 TILE = 1024
 """Sets on either side of a tile: 4 MiB of similarities, and products large enough for their kernels."""
 
+GPU_TILE = 8192
+"""The same on a GPU, where a launch costs as much as a small tile: 256 MiB of similarities."""
+
 
 class Sets(NamedTuple):
     """The two batches, as the ops take them."""
@@ -42,8 +45,9 @@ class Sets(NamedTuple):
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """All tiles, rows outermost."""
-        for rows in _pieces(len(self.x)):
-            for columns in _pieces(len(self.y)):
+        size = TILE if self.x.device.type == "cpu" else GPU_TILE
+        for rows in _pieces(len(self.x), size):
+            for columns in _pieces(len(self.y), size):
                 yield rows, columns
 
     def similarity(self, rows: slice, columns: slice) -> Tensor:
@@ -89,8 +93,8 @@ class Gradients:
         self.sets, self.needs = sets, (need_x, need_y, need_alpha, need_bias)
         self.x = torch.zeros_like(sets.x, dtype=sets.dtype) if need_x else sets.x.new_empty(0)
         self.y = torch.zeros_like(sets.y, dtype=sets.dtype) if need_y else sets.y.new_empty(0)
-        self.alpha = torch.zeros((), dtype=torch.float64, device=sets.alpha.device)
-        self.bias = torch.zeros((), dtype=torch.float64, device=sets.bias.device)
+        # on the device of x, whichever those of alpha and bias are: nothing waits for a sum that is under way
+        self.alpha, self.bias = torch.zeros(2, dtype=torch.float64, device=sets.x.device)
 
     def add_tile(self, rows: slice, columns: slice, by_similarity: Tensor) -> None:
         """From the gradients ``[n, m]`` of the similarities of a tile."""
@@ -120,8 +124,8 @@ class Gradients:
         return (
             self.x.to(s.x.dtype) if need_x else self.x,
             self.y.to(s.y.dtype) if need_y else self.y,
-            self.alpha.to(s.alpha.dtype) if need_alpha else s.alpha.new_empty(0),
-            self.bias.to(s.bias.dtype) if need_bias else s.bias.new_empty(0),
+            self.alpha.to(s.alpha.device, s.alpha.dtype) if need_alpha else s.alpha.new_empty(0),
+            self.bias.to(s.bias.device, s.bias.dtype) if need_bias else s.bias.new_empty(0),
         )
 
 
@@ -135,8 +139,8 @@ def positive_pairs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return rows, order[first[rows] + offset]
 
 
-def _pieces(count: int) -> Iterator[slice]:
-    """Slices of nearly equal length, at most `TILE`."""
-    pieces = -(-count // TILE)
+def _pieces(count: int, size: int) -> Iterator[slice]:
+    """Slices of nearly equal length, at most ``size``."""
+    pieces = -(-count // size)
     for i in range(pieces):
         yield slice(i * count // pieces, (i + 1) * count // pieces)

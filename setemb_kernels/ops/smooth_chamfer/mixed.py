@@ -18,6 +18,9 @@ FORWARD = "setemb::smooth_chamfer_mixed"
 PART_ELEMENTS = 1 << 22
 """Elements of y that are decoded at a time."""
 
+GPU_PART_ELEMENTS = 1 << 26
+"""The same on a GPU, where a launch costs as much as a small part."""
+
 define(FORWARD, "(Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask, Tensor? y_scale) -> Tensor")
 
 
@@ -47,7 +50,8 @@ def _decoded(
 
 def decoded(y: Tensor, dtype: torch.dtype, y_scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """y a part at a time, as numbers of dtype."""
-    step = max(1, PART_ELEMENTS // max(1, y.shape[1] * y.shape[2]))
+    elements = PART_ELEMENTS if y.device.type == "cpu" else GPU_PART_ELEMENTS
+    step = max(1, elements // max(1, y.shape[1] * y.shape[2]))
     for first in range(0, len(y), step):
         part = slice(first, min(first + step, len(y)))
         some = y[part].to(dtype)

@@ -212,8 +212,10 @@ def with_gradients(
 def cut_finely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every case be made of many tiles."""
     monkeypatch.setattr(tiles, "TILE", 6)
+    monkeypatch.setattr(tiles, "GPU_TILE", 6)
     monkeypatch.setattr(triplet, "_CHUNK", 5)
     monkeypatch.setattr(pairs, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(pairs, "GPU_CHUNK_ELEMENTS", 64)
 
 
 def check(loss: Loss, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
