@@ -37,10 +37,11 @@ def unproven(contents: list[dict[str, Any]], root: Path = ROOT) -> list[tuple[st
 
 
 def section(contents: list[dict[str, Any]], root: Path = ROOT) -> str:
-    """Tables and figures of GPUs, the newest file of each device; what is not proven."""
-    newest = {content["device"]: content for content in contents}
+    """Tables and figures of GPUs, the files of each device's last day; what is not proven."""
+    last = {content["device"]: content["date"] for content in contents}
+    newest = [content for content in contents if content["date"] == last[content["device"]]]
     lines = [""]
-    for content in newest.values():
+    for content in newest:
         lines += _table(content)
     if not contents:
         lines.append("**Nothing has run on a GPU yet**: there is no result file of `make gpu`.")

@@ -49,7 +49,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The result files, in the order of their dates. Dry runs don't count."""
     contents = []
-    for path in sorted(folder.glob("*.json"), key=lambda p: p.name[-15:]):
+    for path in sorted(folder.glob("*.json"), key=lambda p: (p.name[-15:], p.name)):
         content = json.loads(path.read_text()) | {"file": path.name}
         if not content.get("dry_run"):
             contents.append(content)

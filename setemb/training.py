@@ -352,6 +352,9 @@ class _MixedPrecision(MixedPrecision):
             super().clip_gradients(*args, **kwargs)
 
 
+_MixedPrecision.__qualname__ = MixedPrecision.__qualname__  # under which checkpoints keep the scaler
+
+
 def load_model(path: str | Path) -> SetEmbedder:
     """A model from a run's folder, a folder of `SetEmbedder.save_pretrained`, or a checkpoint file; in evaluation mode.
 

@@ -457,14 +457,15 @@ def test_implementations_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernel_backends, "triton_absent", lambda: "")
     monkeypatch.setattr(kernel_backends, "_CUDA", {"absent": ""})
 
-    def serving() -> set[str]:
-        return {row.implementation for row in kernel_backends.backends() if row.device == "cuda"}
+    def serving(ops: tuple[str, ...] = implementations.OPS) -> set[str]:
+        rows = [row for row in kernel_backends.backends() if row.device == "cuda" and row.op in ops]
+        return {row.implementation for row in rows}
 
     choices = implementations.ours("cuda")
     assert list(choices) == ["triton", "cuda"] and implementations.absent("cuda") == {}
     for name in ("cuda", "triton", "cuda"):
         with choices[name]():
-            assert serving() == {name}
+            assert serving(implementations.KERNELS[name]) == {name}
     assert serving() == {"triton"} and {op.chosen for op in kernel_backends.OpBackends.all} == {"automatic"}
     monkeypatch.setattr(kernel_backends, "_CUDA", {"absent": "the CUDA module is not built"})
     assert list(implementations.ours("cuda")) == ["triton"]
