@@ -224,7 +224,7 @@ def test_collapse_is_said_and_the_warm_up_avoids_it(tiny_precomp, tmp_path, warm
     if collapses:
         assert "the loss stayed at 0.4" in said[0] and "(loss.warmup_epochs, now 0)" in said[0]
     rsum = next(row["dev/rsum"] for row in read_metrics(tmp_path / "run") if "dev/rsum" in row)
-    assert (rsum < 450) == collapses
+    assert (rsum < 520) == collapses  # 455 and 587 when this was written
 
 
 def test_what_looks_like_collapse_and_is_not():
