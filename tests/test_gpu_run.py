@@ -65,8 +65,9 @@ def test_dry_run(tmp_path: Path) -> None:
         assert ("compiled" in line["milliseconds"]) == (row.compiled is not None)
         assert all(value > 0 for value in line["milliseconds"].values())
         (ours,) = names
-        # bfloat16 on both sides, where a value may differ by a rounding: 2^-8
-        assert line["difference"] == {"eager": 0.0, ours: pytest.approx(0, abs=2**-6)}, line["row"]
+        # bfloat16 on both sides, where a value may differ by a rounding: 2^-8; eager's own winners where they tie
+        eager = 0.0 if row.judge is None else pytest.approx(0, abs=0.5)
+        assert line["difference"] == {"eager": eager, ours: pytest.approx(0, abs=2**-6)}, line["row"]
     shown = run.stdout.strip().splitlines()
     assert len(shown) < 45 and all(key in run.stdout for key in table_rows)
     assert shown[-1] == f"all numbers: {path}"

@@ -106,6 +106,8 @@ class Bench:
                     raise ContextLostError(failed[name]) from error
             out = None
             self._let_go()
+        base = row.result(row.judge(sets[0])()).detach().float().cpu() if row.judge and results else None
+        self._let_go()
         times: dict[str, Times] = take_turns(self.clock, calls, 0.02 if self.quick else SECONDS_A_ROW) if calls else {}
         return {
             "row": row.key,
@@ -118,7 +120,7 @@ class Bench:
             "milliseconds": {name: t.median for name, t in times.items()},
             "spread": {name: t.spread for name, t in times.items()},
             "rounds": {name: t.rounds for name, t in times.items()},
-            "difference": _differences(results),
+            "difference": _differences(results, base),
             "failed": failed,
             "input_sets": len(sets),
             "clocks": machine.clocks() if self.device == "cuda" else {},
@@ -157,11 +159,12 @@ def _in(context: Any, function: Callable[..., Any], *arguments: Any) -> Call:
     return run
 
 
-def _differences(results: dict[str, torch.Tensor]) -> dict[str, float | None]:
-    """``|result - that of eager| / |that of eager|`` of each; of the first where eager has none. None: not a number."""
+def _differences(results: dict[str, torch.Tensor], base: torch.Tensor | None) -> dict[str, float | None]:
+    """``|result - base| / |base|`` of each; without base that of eager, or of the first. None: not a number."""
     if not results:
         return {}
-    base = results.get("eager", next(iter(results.values())))
+    if base is None:
+        base = results.get("eager", next(iter(results.values())))
     found = {}
     for name, result in results.items():
         ratio = float((result - base).norm() / base.norm().clamp(min=1e-30))

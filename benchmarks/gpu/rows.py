@@ -55,6 +55,9 @@ class Row:
     """The same as eager under torch.compile; None where that makes no difference."""
     result: Callable[[Any], Tensor] = field(default=lambda out: out)
     """Of what a call returns, what all implementations agree on."""
+    judge: Prepare | None = None
+    """What all results are compared with, eager's too; None: with eager's. For hard maxima, where eager in bfloat16
+    takes other winners than the exact ones: its products, rounded, tie."""
 
     @property
     def key(self) -> str:
@@ -199,6 +202,10 @@ def _maxsim(
 
         return prepare
 
+    def judge(inputs: Inputs) -> Call:
+        exact = tuple(None if t is None else t.float() for t in inputs)
+        return eager(eager_maxsim)(exact)
+
     size, products = dtype.itemsize, 3 if backward else 1
     return Row(
         "set_similarity",
@@ -213,6 +220,7 @@ def _maxsim(
         operations=2.0 * products * n * K * total * D,
         bytes=size * ((n * K + total) * D + n * m) * (2.0 if backward else 1.0),
         result=(lambda out: out[1]) if backward else (lambda out: out),
+        judge=judge if backward else None,
     )
 
 

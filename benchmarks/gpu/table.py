@@ -46,7 +46,7 @@ def _row(row: dict[str, Any], columns: list[str], ceilings: dict[str, float]) ->
         if column in ms and "product" in ms:
             beside = ms.get("product, again", ms["product"]) if column == "compiled" else ms["product"]
             off = row.get("difference", {}).get(column, 0.0)
-            mark = "!" if off is None or off > 0.02 else ""  # far from what eager gives
+            mark = "!" if off is None or off > 0.02 else ""  # far from what eager gives, or the row's judge
             cells.append(f"{f'x {ms[column] / beside:.2f}{mark}':>10}")
         else:
             cells.append(f"{row.get('failed', {}).get(column, row.get('failed', {}).get('all', '-'))[:10]:>10}")
