@@ -19,6 +19,9 @@ CHUNK = 1024
 LONGEST = 1 << 16
 """The most sets of a gallery in a tile."""
 
+MANY = 8
+"""So many times k candidates of a query are sorted at once; of more, a tile's own k best are taken first."""
+
 GPU_CHUNK, GPU_LONGEST = 8192, 1 << 18
 """The same two on a GPU, where a launch costs as much as a small tile."""
 
@@ -113,10 +116,9 @@ def topk_of_tiles(search: Tiles, k: int) -> TopK:
     indices = torch.full((N, k), -1, dtype=torch.int64, device=search.device)
     for rows, columns in search.tiles():
         s = search.similarity(rows, columns)
-        s.masked_fill_(s.isnan(), -torch.inf)
-        least = values[rows, -1:]
-        may_enter = s > least  # of equals those found before stay
-        if s.shape[1] > k:
+        may_enter = s > values[rows, -1:]  # of equals those found before stay; what is not a number never enters
+        if s.shape[1] > k and torch.count_nonzero(may_enter) > MANY * k * len(s):
+            s.masked_fill_(s.isnan(), -torch.inf)
             may_enter &= s >= s.topk(k).values[:, -1:]
         r, c = may_enter.nonzero(as_tuple=True)
         if len(r) == 0:

@@ -63,16 +63,17 @@ inline Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
          shuffle<T>(a, b, std::integer_sequence<int, fold_source<T, kHalf>(kLane, true)...>{});
 }
 
-// Lane i is the sum of the lanes of v[i], i < kLanes; v is overwritten.
-template <class T, int kHalf = kLanes<T> / 2>
+// Sums of lanes, as far as kCount vectors make one: halves of 2 kHalf lanes first, then of kHalf. v is overwritten.
+// For kCount = kLanes lane i is the sum of the lanes of v[i].
+template <class T, int kHalf = kLanes<T> / 2, int kCount = kLanes<T>>
 inline Vec<T> sums_of_lanes(Vec<T>* v) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kHalf; ++i)
-    v[i] = fold<T, kHalf>(v[i], v[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
-  if constexpr (kHalf > 1) {
-    return sums_of_lanes<T, kHalf / 2>(v);
-  } else {
+  if constexpr (kCount == 1) {
     return v[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i)
+      v[i] = fold<T, kHalf>(v[i], v[i + kCount / 2], std::make_integer_sequence<int, kLanes<T>>{});
+    return sums_of_lanes<T, kHalf / 2, kCount / 2>(v);
   }
 }
 
@@ -115,15 +116,14 @@ inline Vec<T> load_part_as(const B* p, int64_t n) {
   return load_as<T>(values);
 }
 
-// Lane r * kDotColumns + c is a_r . b_c, for kDotRows rows of a and kDotColumns of b.
+// The lanes of acc[r * kDotColumns + c] sum to a_r . b_c, for kDotRows rows of a and kDotColumns of b; acc is zero.
 template <class T, class B>
-inline Vec<T> dot_tile(const T* const* a, const B* const* b, int64_t features) {
+inline void dot_lanes(const T* const* a, const B* const* b, int64_t features, Vec<T>* acc) {
   constexpr int rows = kDotRows<T>, columns = kDotColumns<T>, lanes = kLanes<T>;
   const T* ra[rows];
   const B* rb[columns];
   for (int r = 0; r < rows; ++r) ra[r] = a[r];
   for (int c = 0; c < columns; ++c) rb[c] = b[c];
-  Vec<T> acc[lanes] = {};
   int64_t d = 0;
   const auto step = [&](auto read_a, auto read_b) {
     Vec<T> bv[columns];
@@ -143,6 +143,37 @@ inline Vec<T> dot_tile(const T* const* a, const B* const* b, int64_t features) {
     const int64_t n = features - d;
     step([&](const T* p) { return load_part(p, n); }, [&](const B* p) { return load_part_as<T>(p, n); });
   }
+}
+
+#if defined(__AVX512BF16__)
+// The same of bfloat16 on both sides, by the processor's products of pairs: exact, but that it takes numbers and sums
+// below the normal ones for 0.
+inline void dot_lanes_of_pairs(const bfloat16_t* const* a, const bfloat16_t* const* b, int64_t features,
+                               Vec<float>* acc) {
+  constexpr int rows = kDotRows<float>, columns = kDotColumns<float>, step = 2 * kLanes<float>;
+  for (int64_t d = 0; d < features; d += step) {
+    const __mmask32 here = features - d >= step ? ~__mmask32{0} : (__mmask32{1} << (features - d)) - 1;
+    __m512i bv[columns];
+#pragma GCC unroll 4
+    for (int c = 0; c < columns; ++c) bv[c] = _mm512_maskz_loadu_epi16(here, b[c] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const __m512i av = _mm512_maskz_loadu_epi16(here, a[r] + d);
+#pragma GCC unroll 4
+      for (int c = 0; c < columns; ++c) {
+        Vec<float>& sum = acc[r * columns + c];
+        sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)av, (__m512bh)bv[c]);
+      }
+    }
+  }
+}
+#endif
+
+// Lane r * kDotColumns + c is a_r . b_c.
+template <class T, class B>
+inline Vec<T> dot_tile(const T* const* a, const B* const* b, int64_t features) {
+  Vec<T> acc[kLanes<T>] = {};
+  dot_lanes<T>(a, b, features, acc);
   return sums_of_lanes<T>(acc);
 }
 

@@ -5,6 +5,7 @@
 // it lies in memory, and the epilogue is the usual one.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "gemm.h"
@@ -16,13 +17,20 @@
 namespace setemb {
 namespace {
 
-constexpr int64_t kFewRows = 16;                      // of x
-constexpr int64_t kBlockColumns = 512;                // vectors of y in a tile
-constexpr int64_t kAhead = 16;                        // vectors of y fetched before they are needed
-constexpr int64_t kDecodedValues = int64_t{4} << 20;  // at a time: 16 MiB
+constexpr int64_t kFewRows = 16;         // of x
+constexpr int64_t kBlockColumns = 1024;  // vectors of y in a tile
+constexpr int64_t kAhead = 64;  // vectors of y fetched before they are needed, as far as the second-level cache
+constexpr int kGroups = kLanes<float> / kDotColumns<float>;  // of sets, in a vector of scores
+constexpr int64_t kDecodedValues = int64_t{4} << 20;         // at a time: 16 MiB
 
 template <class Y>
 class MixedChamfer {
+#if defined(__AVX512BF16__)
+  static constexpr bool kShort = std::is_same_v<Y, bfloat16_t>;  // products of pairs of bfloat16 may serve
+#else
+  static constexpr bool kShort = false;
+#endif
+
  public:
   MixedChamfer(const ChamferProblem& problem, const float* y_scale)
       : p_(problem), scale_(y_scale), N_(p_.x.sets), M_(p_.y.sets), K_(p_.x.vectors), L_(p_.y.vectors) {}
@@ -71,11 +79,11 @@ class MixedChamfer {
   // What one thread works in: the scores of all rows of x with a block of y, slot-major.
   struct Block {
     int64_t width, ld;  // sets, columns
+    int64_t first = 0;  // set
     Buffer<float> scores, valid, weight, line, scale;
-    Buffer<Vec<float>> sums;
-    std::vector<const Y*> vectors;  // in the order of memory, as `scale`
-    std::vector<int64_t> columns;   // where their scores go
-    bool whole = false;             // `valid` and `weight` say that every vector exists
+    Buffer<Vec<float>> sums, parts;
+    std::vector<const Y*> vectors;  // unless `whole`
+    bool whole = false;             // every vector exists, and `valid` and `weight` say so
 
     Block(int64_t rows, int64_t K, int64_t L, int64_t width)
         : width(width),
@@ -84,13 +92,11 @@ class MixedChamfer {
           valid(ld),
           weight(width),
           line(width),
-          scale(round_up(ld, kRowPadding)),
+          scale(ld),
           sums(4 * (K + L)),
-          vectors(round_up(ld, kRowPadding)) {
-      for (int64_t m = 0; m < width; ++m) {
-        for (int64_t l = 0; l < L; ++l) columns.push_back(l * width + m);
-      }
-      std::fill_n(scale.get(), vectors.size(), 1.0f);
+          parts(rows * L * kGroups),
+          vectors(ld) {
+      std::fill_n(scale.get(), ld, 1.0f);
     }
   };
 
@@ -111,6 +117,8 @@ class MixedChamfer {
       }
       x_weight[n] = count == 0 ? 0 : 0.5f / static_cast<float>(count);
     }
+    std::vector<bfloat16_t> values;
+    const std::vector<const bfloat16_t*> short_x = shortened(x, values);
     std::vector<Block> scratch;
     for (int64_t i = 0; i < threads(); ++i) scratch.emplace_back(rows, K_, L_, width);
     std::vector<char> out_of_range(blocks);
@@ -118,7 +126,11 @@ class MixedChamfer {
       Block& b = scratch[worker];
       const int64_t first = task * width, count = std::min(width, M_ - first);
       list(first, count, no_y.data(), b);
-      scores(x, b);
+      if constexpr (kShort) {
+        short_x.empty() ? scores(x, b) : scores(short_x, b);
+      } else {
+        scores(x, b);
+      }
       const float largest = largest_score(b);
       if (!(largest <= Format<float>::largest)) {
         out_of_range[task] = 1;
@@ -153,23 +165,43 @@ class MixedChamfer {
     }
   }
 
+  // The rows of x as bfloat16, kept in `values`, where y is that too, the processor has products for it, and nothing is
+  // lost: all numbers of x are of that type, and none so large that a product with a subnormal y would be felt.
+  std::vector<const bfloat16_t*> shortened(const std::vector<const float*>& x, std::vector<bfloat16_t>& values) const {
+    std::vector<const bfloat16_t*> rows;
+#if defined(__AVX512BF16__)
+    if (!kShort || !__builtin_cpu_supports("avx512bf16")) return rows;
+    for (const float* row : x) {
+      for (int64_t d = 0; d < p_.features; ++d) {
+        uint32_t bits;
+        std::memcpy(&bits, row + d, 4);
+        if ((bits & 0xffffu) != 0 || !(std::abs(row[d]) < 0x1p64f)) return rows;
+        values.push_back({static_cast<uint16_t>(bits >> 16)});
+      }
+    }
+    for (size_t i = 0; i < x.size(); ++i) rows.push_back(values.data() + i * p_.features);
+#else
+    static_cast<void>(x), static_cast<void>(values);
+#endif
+    return rows;
+  }
+
   // Vectors of sets [first, first + count), and what is known of them.
   void list(int64_t first, int64_t count, const Y* none, Block& b) const {
     const bool whole = count == b.width && p_.y.mask == nullptr;
-    for (int64_t m = 0; m < b.width; ++m) {
-      const bool set_exists = m < count;
-      for (int64_t l = 0; l < L_; ++l) {
-        b.vectors[m * L_ + l] = set_exists && (whole || valid(first + m, l)) ? vector(first + m, l) : none;
+    b.first = first;
+    if (scale_ != nullptr) {
+      for (int64_t m = 0; m < b.width; ++m) {
+        for (int64_t l = 0; l < L_; ++l) b.scale.get()[l * b.width + m] = m < count ? scale(first + m, l) : 1.0f;
       }
     }
-    std::fill(b.vectors.begin() + b.ld, b.vectors.end(), none);
-    if (scale_ != nullptr) std::copy_n(scale_ + first * L_, count * L_, b.scale.get());
     if (whole && b.whole) return;
     b.whole = whole;
     for (int64_t m = 0; m < b.width; ++m) {
       int64_t here = 0;
       for (int64_t l = 0; l < L_; ++l) {
-        const bool exists = b.vectors[m * L_ + l] != none;
+        const bool exists = m < count && valid(first + m, l);
+        b.vectors[m * L_ + l] = exists ? vector(first + m, l) : none;
         b.valid.get()[l * b.width + m] = exists ? 1 : 0;
         here += exists ? 1 : 0;
       }
@@ -177,22 +209,46 @@ class MixedChamfer {
     }
   }
 
-  void scores(const std::vector<const float*>& x, Block& b) const {
-    constexpr int A = kDotRows<float>, B = kDotColumns<float>;
-    for (int64_t j = 0; j < b.ld; j += B) {
-      const int64_t real = std::min<int64_t>(B, b.ld - j);
-      // Short pieces of memory in turn are more than the processor foresees.
-      for (int64_t c = j + kAhead; c < std::min(b.ld, j + kAhead + B); ++c) {
-        const char* const next = reinterpret_cast<const char*>(b.vectors[c]);
-        for (int64_t byte = 0; byte < p_.features * static_cast<int64_t>(sizeof(Y)); byte += 64)
-          __builtin_prefetch(next + byte);
+  // Vector l of set m of a block.
+  const Y* vector_of(const Block& b, int64_t m, int64_t l) const {
+    return b.whole ? vector(b.first + m, l) : b.vectors[m * L_ + l];
+  }
+
+  // Dot products with a few sets at a time, slot by slot: their lanes are summed only as far as one vector for each of
+  // the few goes, so that those of as many sets as a vector has lanes end in one, where the epilogue wants them.
+  template <class X>
+  void scores(const std::vector<const X*>& x, Block& b) const {
+    constexpr int64_t lanes = kLanes<float>, A = kDotRows<float>, B = kDotColumns<float>;
+    const int64_t rows = x.size(), ahead = div_up(kAhead, L_);
+    for (int64_t set = 0; set < b.width; set += lanes) {
+      for (int64_t group = 0; group < kGroups; ++group) {
+        const int64_t first = set + group * B;
+        for (int64_t l = 0; l < L_; ++l) {
+          // Short pieces of memory in turn are more than the processor foresees.
+          for (int64_t m = first + ahead; m < std::min(b.width, first + ahead + B); ++m) {
+            const char* const next = reinterpret_cast<const char*>(vector_of(b, m, l));
+            for (int64_t byte = 0; byte < p_.features * static_cast<int64_t>(sizeof(Y)); byte += 64)
+              __builtin_prefetch(next + byte, 0, 1);
+          }
+          const Y* y[B];
+          for (int64_t c = 0; c < B; ++c) y[c] = vector_of(b, first + c, l);
+          for (int64_t i = 0; i < rows; i += A) {
+            Vec<float> acc[lanes] = {};
+            if constexpr (std::is_same_v<X, float>) {
+              dot_lanes<float>(x.data() + i, y, p_.features, acc);
+            } else {
+              dot_lanes_of_pairs(x.data() + i, y, p_.features, acc);
+            }
+            Vec<float>* const part = b.parts.get() + (i * L_ + l) * kGroups + group;
+            for (int64_t r = 0; r < A; ++r) part[r * L_ * kGroups] = sums_of_lanes<float, B / 2, B>(acc + r * B);
+          }
+        }
       }
-      for (size_t i = 0; i < x.size(); i += A) {
-        float sums[A * B];
-        store(sums, dot_tile<float>(x.data() + i, b.vectors.data() + j, p_.features));
-        float* const out = b.scores.get() + i * b.ld;
-        for (int64_t c = 0; c < real; ++c) {
-          for (int r = 0; r < A; ++r) out[r * b.ld + b.columns[j + c]] = sums[r * B + c] * b.scale.get()[j + c];
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t l = 0; l < L_; ++l) {
+          const Vec<float> dots = sums_of_lanes<float, lanes / 2, kGroups>(b.parts.get() + (i * L_ + l) * kGroups);
+          const int64_t column = l * b.width + set;
+          store(b.scores.get() + i * b.ld + column, dots * load(b.scale.get() + column));
         }
       }
     }
