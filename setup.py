@@ -26,8 +26,17 @@ CAPABILITIES: dict[str, list[str]] = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES |= {
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        # torch calls a processor AVX512 if it has f, bw, vl and dq; bf16 products are asked for at run time
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
+        # torch calls a processor AVX512 if it has f, bw, vl and dq; products of bf16 and int8 are asked for at run time
+        "avx512": [
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mavx512bf16",
+            "-mavx512vnni",
+            "-mfma",
+            "-mf16c",
+        ],
     }
 
 

@@ -55,6 +55,37 @@ struct BFloat16Pairs {
 };
 #endif
 
+#if defined(__AVX512VNNI__)
+// Four int8 in a lane, their products summed in int32: exact, for up to 2^16 features. The instruction takes its right
+// operand unsigned, which is packed as value + 128; what that adds to a row of scores is `excess` of the left one.
+struct Int8Quads {
+  using Acc = int32_t;
+  using Element = uint32_t;
+  static constexpr int group = 4;
+  static constexpr int64_t most_features = int64_t{1} << 16;
+
+  static Vec<int32_t> multiply_add(uint32_t a, Vec<uint32_t> b, Vec<int32_t> c) {
+    return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)c, (__m512i)b, _mm512_set1_epi32(static_cast<int>(a)));
+  }
+
+  static void make_unsigned(uint32_t* packed, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) packed[i] ^= 0x80808080u;
+  }
+
+  // 128 times the sum of a row.
+  static int32_t excess(const int8_t* row, int64_t features) {
+    const __m512i by = _mm512_set1_epi32(static_cast<int>(0x80808080u));
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t d = 0; d < features; d += 64) {
+      const int64_t left = features - d;
+      const __mmask64 here = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      sum = _mm512_dpbusd_epi32(sum, by, _mm512_maskz_loadu_epi8(here, row + d));
+    }
+    return _mm512_reduce_add_epi32(sum);
+  }
+};
+#endif
+
 // Rows of a micro-tile: as many accumulators as the registers hold beside two columns of b.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kMicroRows = 12;

@@ -13,6 +13,7 @@
 #include <limits>
 #include <vector>
 
+#include "set_similarity_codes.h"
 #include "set_similarity_scores.h"
 #include "set_similarity_tile.h"
 
@@ -84,9 +85,9 @@ class SumInParts {
 };
 
 // What one thread works with: a group of sets of x, and sets of y that meet it.
-template <class In, class P>
+template <class In, class Scores>
 class Worker {
-  using T = typename P::Acc;
+  using T = typename Scores::Value;
 
  public:
   explicit Worker(const SimilarityProblem& p, bool backward_dense) : p_(p), epilogue_(p), scores_(p, !backward_dense) {}
@@ -264,31 +265,31 @@ class Worker {
   const SimilarityProblem p_;
   ColumnGroup<T> group_{};
   SetEpilogue<T> epilogue_;
-  SetScores<In, P> scores_;
+  Scores scores_;
   Buffer<T> inner_, idle_;
   int64_t inner_size_ = 0, idle_size_ = 0;
   std::vector<const In*> rows_;
   std::vector<T*> out_;
 };
 
-template <class In, class P>
-std::vector<Worker<In, P>> workers(const SimilarityProblem& p, bool backward_dense) {
-  std::vector<Worker<In, P>> all;
+template <class In, class Scores>
+std::vector<Worker<In, Scores>> workers(const SimilarityProblem& p, bool backward_dense) {
+  std::vector<Worker<In, Scores>> all;
   for (int64_t i = 0; i < threads(); ++i) all.emplace_back(p, backward_dense);
   return all;
 }
 
-template <class In, class P, class Out>
+template <class In, class Scores, class Out>
 void forward_as(const SimilarityProblem& p, Out* out) {
   const int64_t N = p.x.sets;
   for (int64_t i = 0; i < N * p.choices; ++i) {
     const bool none = p.candidates != nullptr && p.candidates[i] < 0;
     out[i] = none ? round_to<Out>(-std::numeric_limits<AccOf<Out>>::infinity()) : Out{};
   }
-  auto threads_work = workers<In, P>(p, false);
+  auto threads_work = workers<In, Scores>(p, false);
   if (p.candidates != nullptr) {
     run_tasks(N, [&](int64_t i, int64_t worker) {
-      Worker<In, P>& w = threads_work[worker];
+      Worker<In, Scores>& w = threads_work[worker];
       w.select({i, i + 1});
       for (int64_t slot = 0; slot < p.choices; ++slot) {
         const int64_t j = p.candidates[i * p.choices + slot];
@@ -327,11 +328,11 @@ struct Holders {
 template <class In>
 class Backward {
   using T = AccOf<In>;
-  using P = Plain<T>;
+  using Scores = SetScores<In, Plain<T>>;
 
  public:
   Backward(const SimilarityProblem& p, const void* grad, bool wide, const SimilarityGradients& out)
-      : p_(p), grad_(grad), wide_(wide), out_(out), hard_(is_hard(p.kind)), workers_(workers<In, P>(p, !hard_)) {}
+      : p_(p), grad_(grad), wide_(wide), out_(out), hard_(is_hard(p.kind)), workers_(workers<In, Scores>(p, !hard_)) {}
 
   void run() {
     const bool sums = out_.alpha != nullptr || out_.bias != nullptr;
@@ -382,7 +383,7 @@ class Backward {
       kept_ = Buffer<int32_t>(p_.y.sets * p_.x.rows);
       keeps_ = true;
     }
-    summed_tasks(groups.size(), sums, [&](int64_t task, Worker<In, P>& w) {
+    summed_tasks(groups.size(), sums, [&](int64_t task, Worker<In, Scores>& w) {
       w.select(groups[task]);
       const int64_t columns = w.group().columns, row = w.group().row;
       if (columns == 0) return;
@@ -424,10 +425,10 @@ class Backward {
 
   void owned_by_y(bool sums) {
     const bool all = p_.candidates == nullptr;
-    const Holders holders = all ? Holders(SimilarityProblem{{}, {}, 0, nullptr, 0, {}, false, 0, 0}) : Holders(p_);
+    const Holders holders = all ? Holders(SimilarityProblem{}) : Holders(p_);
     const std::vector<Run> groups = runs_of(p_.x, kGroupColumns);
     const std::vector<Run> runs = runs_of(p_.y, all ? kRunRows / 2 : -1);
-    summed_tasks(runs.size(), sums, [&](int64_t task, Worker<In, P>& w) {
+    summed_tasks(runs.size(), sums, [&](int64_t task, Worker<In, Scores>& w) {
       const Run run = runs[task];
       const int64_t top = p_.y.offsets[run.first], count = p_.y.offsets[run.last] - top;
       if (count == 0) return;
@@ -450,7 +451,7 @@ class Backward {
     });
   }
 
-  void meet_y(Run group, Run run, int64_t slot, bool sums, Worker<In, P>& w, T* sum, SumInParts<T>& parts) {
+  void meet_y(Run group, Run run, int64_t slot, bool sums, Worker<In, Scores>& w, T* sum, SumInParts<T>& parts) {
     const int64_t top = p_.y.offsets[run.first];
     const auto g = [&](int64_t i, int64_t j) { return gradient(i, slot >= 0 ? slot : j); };
     w.select(group);
@@ -466,7 +467,7 @@ class Backward {
   }
 
   // dY of maxsim from the places that were kept.
-  void add_kept(Run run, Worker<In, P>& w, T* sum) {
+  void add_kept(Run run, Worker<In, Scores>& w, T* sum) {
     const int64_t top = p_.y.offsets[run.first];
     for (int64_t j = run.first; j < run.last; ++j) {
       if (p_.y.offsets[j] == p_.y.offsets[j + 1]) continue;
@@ -510,7 +511,7 @@ class Backward {
   const bool wide_;
   const SimilarityGradients out_;
   const bool hard_;
-  std::vector<Worker<In, P>> workers_;
+  std::vector<Worker<In, Scores>> workers_;
   Buffer<int32_t> kept_;  // of maxsim: [set of y][vector of x], which vector of the set is the most similar
   bool keeps_ = false;
   double entropy_ = 0, by_bias_ = 0;
@@ -520,10 +521,10 @@ template <class In, class Out>
 void forward_with_policy(const SimilarityProblem& p, Out* out) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<In, bfloat16_t>) {
-    if (__builtin_cpu_supports("avx512bf16")) return forward_as<In, BFloat16Pairs>(p, out);
+    if (__builtin_cpu_supports("avx512bf16")) return forward_as<In, SetScores<In, BFloat16Pairs>>(p, out);
   }
 #endif
-  forward_as<In, Plain<AccOf<In>>>(p, out);
+  forward_as<In, SetScores<In, Plain<AccOf<In>>>>(p, out);
 }
 
 }  // namespace
@@ -534,6 +535,14 @@ void set_similarity_forward(DType dtype, const SimilarityProblem& problem, void*
     wide ? forward_with_policy<In>(problem, static_cast<AccOf<In>*>(out))
          : forward_with_policy<In>(problem, static_cast<In*>(out));
   });
+}
+
+void set_similarity_of_codes(const SimilarityProblem& problem, float* out) {
+#if defined(__AVX512VNNI__)
+  if (__builtin_cpu_supports("avx512vnni") && problem.features <= Int8Quads::most_features)
+    return forward_as<int8_t, CodeScores<Int8Quads>>(problem, out);
+#endif
+  forward_as<int8_t, CodeScores<Plain<float>>>(problem, out);
 }
 
 void set_similarity_backward(DType dtype, const SimilarityProblem& problem, const void* grad, bool wide,

@@ -27,6 +27,7 @@ struct SimilarityProblem {
   bool mean;     // of kMaxSim and kSoftMaxSim: divided by |X|
   double alpha;  // of kMatchProbability the scale
   double bias;
+  const float *x_scale, *y_scale;  // of codes: [rows], what each vector is times; null: 1
 };
 
 // What the backward pass writes: contiguous [rows, features], or null where not needed. alpha and bias are sums of
@@ -40,6 +41,8 @@ struct SimilarityGradients {
 
 // out and grad are contiguous [x.sets, choices], of dtype or, if `wide`, of what sums are accumulated in.
 void set_similarity_forward(DType dtype, const SimilarityProblem& problem, void* out, bool wide);
+// Both sides are int8, out float.
+void set_similarity_of_codes(const SimilarityProblem& problem, float* out);
 void set_similarity_backward(DType dtype, const SimilarityProblem& problem, const void* grad, bool wide,
                              const SimilarityGradients& out);
 

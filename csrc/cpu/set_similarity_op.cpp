@@ -54,7 +54,7 @@ void check_candidates(const int64_t* candidates, int64_t count, int64_t sets) {
 struct SimilarityArguments {
   Tensor x, y, x_offsets, y_offsets;
   std::optional<Tensor> candidates;
-  SimilarityProblem problem;
+  SimilarityProblem problem{};
 
   SimilarityArguments(const Tensor& x_in, const Tensor& x_offsets_in, const Tensor& y_in, const Tensor& y_offsets_in,
                       const std::optional<Tensor>& candidates_in, const Tensor& alpha, const Tensor& bias,
@@ -95,6 +95,27 @@ Tensor set_similarity(const Tensor& x, const Tensor& x_offsets, const Tensor& y,
   return out;
 }
 
+Tensor set_similarity_codes(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& x_offsets,
+                            const Tensor& y, const std::optional<Tensor>& y_scale, const Tensor& y_offsets,
+                            const std::optional<Tensor>& candidates, const Tensor& alpha, const Tensor& bias,
+                            std::string kind, bool mean) {
+  SimilarityArguments args(x, x_offsets, y, y_offsets, candidates, alpha, bias, kind, mean);
+  if (x.scalar_type() != ScalarType::Char || y.scalar_type() != ScalarType::Char)
+    throw std::invalid_argument("x, y: expected int8");
+  const auto scale = [](const char* name, const std::optional<Tensor>& t, int64_t rows) -> std::optional<Tensor> {
+    if (!t.has_value()) return std::nullopt;
+    if (t->scalar_type() != ScalarType::Float || t->dim() != 1 || t->size(0) != rows)
+      throw std::invalid_argument(std::string(name) + ": expected float32 [" + std::to_string(rows) + "]");
+    return torch::stable::contiguous(*t);
+  };
+  const std::optional<Tensor> xs = scale("x_scale", x_scale, x.size(0)), ys = scale("y_scale", y_scale, y.size(0));
+  if (xs.has_value()) args.problem.x_scale = static_cast<const float*>(xs->data_ptr());
+  if (ys.has_value()) args.problem.y_scale = static_cast<const float*>(ys->data_ptr());
+  Tensor out = torch::stable::new_empty(x, {args.problem.x.sets, args.problem.choices}, ScalarType::Float);
+  if (out.numel() > 0) set_similarity_of_codes(args.problem, static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> set_similarity_backward_(
     const Tensor& grad_in, const Tensor& x, const Tensor& x_offsets, const Tensor& y, const Tensor& y_offsets,
     const std::optional<Tensor>& candidates, const Tensor& alpha, const Tensor& bias, std::string kind, bool mean,
@@ -122,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> set_similarity_backward_(
 
 void register_set_similarity(StableLibrary& library) {
   library.impl("set_similarity", TORCH_BOX(&set_similarity));
+  library.impl("set_similarity_codes", TORCH_BOX(&set_similarity_codes));
   library.impl("set_similarity_backward", TORCH_BOX(&set_similarity_backward_));
 }
 

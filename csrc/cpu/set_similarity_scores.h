@@ -18,7 +18,11 @@ namespace setemb {
 
 template <class In, class P>
 class SetScores {
-  using T = typename P::Acc;
+ public:
+  using Value = typename P::Acc;
+
+ private:
+  using T = Value;
   using E = typename P::Element;
   static constexpr int64_t width = kMicroColumns<P>;
 
@@ -34,7 +38,8 @@ class SetScores {
   const In* y_row(int64_t r) const { return static_cast<const In*>(y_.data) + r * y_.stride; }
 
   // Packs the columns of a group.
-  void select(const ColumnGroup<T>& g) {
+  template <class G>
+  void select(const ColumnGroup<G>& g) {
     columns_ = g.columns;
     const int64_t padded = round_up(std::max<int64_t>(columns_, 1), width);
     ld_ = padded + 16;
@@ -60,6 +65,7 @@ class SetScores {
     }
     reserve(packed_, packed_size_, padded * steps());
     pack_outer<P>(pointers_.data(), columns_, D_, width, packed_.get(), T(1));
+    if constexpr (P::group == 4) P::make_unsigned(packed_.get(), padded * steps());
   }
 
   // tile()[r][c] for `count` rows of y from `first` on.
@@ -111,7 +117,8 @@ class SetScores {
     if constexpr (P::group == 1) {
       if (!std::is_same_v<In, E>) return false;
     } else {
-      if (D_ % 2 != 0 || y_.stride % 2 != 0 || reinterpret_cast<uintptr_t>(y_.data) % 4 != 0) return false;
+      if (D_ % P::group != 0 || y_.stride % P::group != 0 || reinterpret_cast<uintptr_t>(y_.data) % 4 != 0)
+        return false;
     }
     const bool aliases = y_.stride * static_cast<int64_t>(sizeof(In)) % 4096 == 0;
     return !aliases || columns_ <= 2 * width;

@@ -61,6 +61,13 @@ SIMILARITIES = [  # kind, mean K and L, D, candidates: sizes in use, each branch
     (torch.float32, "soft_maxsim", 32, 120, 128, False),
     (torch.float32, "maxsim", 2000, 2000, 3, True),
 ]
+CODES = [  # oldest architecture that has products of the type, kind, mean K and L, D, scaled
+    (80, torch.int8, "maxsim", 32, 120, 128, True),
+    (80, torch.int8, "soft_maxsim", 8, 8, 1024, False),
+    (89, torch.float8_e4m3fn, "maxsim", 32, 120, 128, True),
+    (89, torch.float8_e4m3fn, "chamfer", 1000, 1000, 512, False),
+    (89, torch.float8_e4m3fn, "match_probability", 4, 4, 256, True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,24 @@ def test_set_similarity(
     _check(reports[request.node.name].result(), arch, ANY_TENSOR_CORES)
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype", "kind", "K", "L", "D", "scaled"),
+    [(arch, *rest) for oldest, *rest in CODES for arch in SHARED_MEMORY if arch >= oldest],
+)
+def test_codes(
+    arch: int,
+    dtype: torch.dtype,
+    kind: str,
+    K: int,
+    L: int,
+    D: int,
+    scaled: bool,
+    reports: dict[str, Future[list[Report]]],
+    request: pytest.FixtureRequest,
+) -> None:
+    _check(reports[request.node.name].result(), arch, ANY_TENSOR_CORES)
+
+
 class Report(NamedTuple):
     """What became of one kernel."""
 
@@ -144,6 +169,8 @@ def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
     p, arch = parameters, parameters["arch"]
     if test == "test_smooth_chamfer":
         builds = smooth_chamfer.configs(p["K"], p["L"], 1024, p["dtype"], arch, p["masked"])
+    elif test == "test_codes":
+        builds = set_similarity.configs_of_codes(p["kind"], p["K"], p["L"], p["D"], p["dtype"], p["scaled"])
     elif test == "test_set_similarity":
         builds = set_similarity.configs(p["kind"], p["K"], p["L"], p["D"], p["dtype"], p["candidates"], p["candidates"])
     else:

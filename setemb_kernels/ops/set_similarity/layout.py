@@ -17,16 +17,31 @@ class PackedSets(NamedTuple):
     """``[X, D]``"""
     offsets: Tensor
     """int64 ``[N + 1]``, from 0, never decreasing, at most X."""
+    scale: Tensor | None = None
+    """Of codes: floating ``[X]``, what each row is times; None: 1."""
 
     @property
     def sets(self) -> int:
         return self.offsets.shape[0] - 1
 
+    def decoded(self, dtype: torch.dtype) -> PackedSets:
+        """The vectors as numbers of a dtype, without scales."""
+        rows = self.rows.to(dtype)
+        return PackedSets(rows if self.scale is None else rows * self.scale.to(dtype)[:, None], self.offsets)
 
-def packed(name: str, v: Tensor, mask: Tensor | None, offsets: Tensor | None) -> PackedSets:
+
+CODES = (torch.int8, torch.float8_e4m3fn)
+"""What sets may be stored as for scoring, beside the floating dtypes."""
+
+
+def packed(
+    name: str, v: Tensor, mask: Tensor | None, offsets: Tensor | None, scale: Tensor | None = None
+) -> PackedSets:
     """Packs one side, and says what is wrong with it. Nothing is copied but the valid rows next to a mask, and rows
     without unit stride in between."""
     nested = isinstance(v, Tensor) and v.is_nested
+    if scale is not None:
+        return _with_scale(name, packed(name, v, mask, offsets), v, mask, scale)
     if nested or offsets is not None:
         if mask is not None:
             form = "a nested tensor" if nested else f"{name}_offsets"
@@ -36,16 +51,14 @@ def packed(name: str, v: Tensor, mask: Tensor | None, offsets: Tensor | None) ->
     if nested:
         return _of_nested(name, v)
     if offsets is None:
-        _check.floating(name, v, _check.SETS)
+        _check.floating(name, v, _check.SETS, also=CODES)
         _check.mask(f"{name}_mask", mask, v.shape[:2], name, v)
         N, K, _ = v.shape
         rows = v.flatten(0, 1)
         if mask is None:
             return PackedSets(rows, torch.arange(N + 1, device=v.device) * K)
-        # of fixed size, so that nothing waits for a GPU and shapes can be traced: the rest are copies of row 0
-        valid = torch.nonzero_static(mask.flatten(), size=N * K, fill_value=0).squeeze(1)
-        return PackedSets(rows.index_select(0, valid), _offsets_of(mask.sum(1)))
-    _check.floating(name, v, ("vectors", "features"))
+        return PackedSets(rows.index_select(0, _valid(mask)), _offsets_of(mask.sum(1)))
+    _check.floating(name, v, ("vectors", "features"), also=CODES)
     label = f"{name}_offsets"
     if not isinstance(offsets, Tensor):
         raise TypeError(f"{label}: expected a torch.Tensor of int32 or int64 or None, got {type(offsets).__name__}")
@@ -58,6 +71,29 @@ def packed(name: str, v: Tensor, mask: Tensor | None, offsets: Tensor | None) ->
     return PackedSets(v, offsets.to(torch.int64))
 
 
+def _with_scale(name: str, sets: PackedSets, v: Tensor, mask: Tensor | None, scale: Tensor) -> PackedSets:
+    label, padded = f"{name}_scale", v.dim() == 3 and not v.is_nested
+    _check.floating(label, scale, ("sets", "vectors") if padded else ("vectors",))
+    expected = tuple(v.shape[:2]) if padded else (sets.rows.shape[0],)
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"{label}: expected shape {list(expected)} as of {name}, got {list(scale.shape)}")
+    if sets.rows.dtype not in CODES:
+        dtype = str(sets.rows.dtype).removeprefix("torch.")
+        raise ValueError(f"{label}: expected None beside {name} of {dtype}, which are no codes")
+    if scale.device != sets.rows.device:
+        raise ValueError(f"{label}: expected device {sets.rows.device} as of {name}, got {scale.device}")
+    flat = scale.flatten()
+    if mask is not None:
+        flat = flat.index_select(0, _valid(mask))
+    return sets._replace(scale=flat)
+
+
+def _valid(mask: Tensor) -> Tensor:
+    """Places of the valid vectors, in order; of fixed size, so that nothing waits for a GPU and shapes can be traced:
+    the rest are 0."""
+    return torch.nonzero_static(mask.flatten(), size=mask.numel(), fill_value=0).squeeze(1)
+
+
 def _of_nested(name: str, v: Any) -> PackedSets:
     if v.layout != torch.jagged:
         raise ValueError(f"{name}: expected a nested tensor of layout torch.jagged, got {v.layout}")
@@ -66,7 +102,7 @@ def _of_nested(name: str, v: Any) -> PackedSets:
     rows: Tensor = v.values()
     if rows.dim() != 2:
         raise ValueError(f"{name}: expected a nested tensor [sets, *, features], got shape {v.shape}")
-    _check.floating(name, rows, ("vectors", "features"))
+    _check.floating(name, rows, ("vectors", "features"), also=CODES)
     return PackedSets(rows, v.offsets().to(torch.int64))
 
 
@@ -76,7 +112,7 @@ def _offsets_of(counts: Tensor) -> Tensor:
 
 def means(sets: PackedSets) -> tuple[Tensor, Tensor]:
     """The mean vector of each set ``[N, D]`` in what sums are accumulated in, and which sets have a vector ``[N]``."""
-    rows = sets.rows if sets.rows.dtype == torch.float64 else sets.rows.float()
+    rows = sets.decoded(torch.float64 if sets.rows.dtype == torch.float64 else torch.float32).rows
     counts = sets.offsets.diff()
     last = sets.rows.shape[0] - sets.offsets[-1:]  # rows of no set are a segment of their own
     total = torch.segment_reduce(rows, "sum", lengths=torch.cat([counts, last]), initial=0.0, unsafe=True)[:-1]

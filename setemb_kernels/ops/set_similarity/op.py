@@ -15,8 +15,8 @@ from torch import Tensor
 from setemb_kernels import _check
 from setemb_kernels._library import define, forbid_double_backward, register_autocast
 from setemb_kernels.backends import OpBackends
-from setemb_kernels.ops.set_similarity import reference
-from setemb_kernels.ops.set_similarity.layout import PackedSets, means, packed
+from setemb_kernels.ops.set_similarity import codes, reference
+from setemb_kernels.ops.set_similarity.layout import CODES, PackedSets, means, packed
 from setemb_kernels.ops.smooth_chamfer.op import smooth_chamfer
 
 FORWARD = "setemb::set_similarity"
@@ -38,6 +38,8 @@ def set_similarity(
     y_mask: Tensor | None = None,
     x_offsets: Tensor | None = None,
     y_offsets: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
     pairs: Literal["all", "paired"] = "all",
     candidates: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -68,7 +70,9 @@ def set_similarity(
         x, y: sets of vectors in one of three forms, which may differ between the sides; float32, bfloat16, float16 or
             float64, of one dtype and device:
             padded ``[N, K, D]``, all vectors valid or as the mask says; packed rows ``[X, D]`` with offsets; or a
-            nested tensor of layout ``torch.jagged`` ``[N, *, D]``.
+            nested tensor of layout ``torch.jagged`` ``[N, *, D]``. For scoring, without gradients, either may be of
+            int8 or float8_e4m3fn, next to any dtype on the other side: the result is that of the decoded vectors in
+            float32, in float64 next to that.
         kind: see above.
         alpha: sharpness of smooth_chamfer and soft_maxsim, a finite number > 0, or a 0-dim tensor that may require a
             gradient.
@@ -78,6 +82,8 @@ def set_similarity(
             does not exist, whatever it holds, and gets gradient 0. The valid rows are copied once.
         x_offsets, y_offsets: int32 or int64 ``[N + 1]`` and ``[M + 1]``, on the device of x: set i is the rows
             ``offsets[i]`` to ``offsets[i + 1]`` (cu_seqlens). On a GPU their values are not checked.
+        x_scale, y_scale: of int8 or float8 vectors, floating ``[N, K]`` and ``[M, L]`` beside padded sets, else
+            ``[X]`` and ``[Y]``: what the codes of each vector are multiplied by; None: 1.
         pairs: "all", or "paired": set i of x with set i of y alone.
         candidates: int64 ``[N, C]``: set i of x with sets ``candidates[i]`` of y; -1 is none and has similarity -inf.
         out_dtype: of the result: None, the dtype of x, or float32 where x is of a 16-bit type, whose similarities are
@@ -104,12 +110,19 @@ def set_similarity(
     if pairs not in ("all", "paired"):
         raise ValueError(f"pairs: expected 'all' or 'paired', got {pairs!r}")
     padded = x_offsets is None and y_offsets is None and not _nested(x) and not _nested(y)
+    as_codes = (
+        x_scale is not None or y_scale is not None or any(isinstance(v, Tensor) and v.dtype in CODES for v in (x, y))
+    )
+    padded = padded and not as_codes
     if kind == "smooth_chamfer" and padded and pairs == "all" and candidates is None:
         return smooth_chamfer(x, y, alpha=alpha, x_mask=x_mask, y_mask=y_mask, out_dtype=out_dtype)
-    xs, ys = packed("x", x, x_mask, x_offsets), packed("y", y, y_mask, y_offsets)
+    xs, ys = packed("x", x, x_mask, x_offsets, x_scale), packed("y", y, y_mask, y_offsets, y_scale)
     _check.same_size("y", ys.rows, "x", xs.rows, {1: "features"})
-    _check.like("y", ys.rows, "x", xs.rows)
-    wide = _check.wide_result("out_dtype", out_dtype, "x", xs.rows)
+    if as_codes:
+        wide = _check_codes(xs, ys, (alpha, scale, bias), out_dtype)
+    else:
+        _check.like("y", ys.rows, "x", xs.rows)
+        wide = _check.wide_result("out_dtype", out_dtype, "x", xs.rows)
     chosen = _candidates(xs, ys, pairs, candidates)
     if kind == "mean":
         s = _product_of_means(xs, ys, chosen, wide)
@@ -119,9 +132,12 @@ def set_similarity(
     else:
         sharpness = _check.sharpness("alpha", alpha if kind in reference.SOFT else 1.0, x.device)
         shift = torch.zeros((), dtype=torch.float64)
-    result: Tensor = torch.ops.setemb.set_similarity(
-        xs.rows, xs.offsets, ys.rows, ys.offsets, chosen, sharpness, shift, kind, reduction == "mean", wide
-    )
+    if as_codes:
+        result = codes.similarity(xs, ys, chosen, sharpness, shift, kind, reduction == "mean")
+    else:
+        result = torch.ops.setemb.set_similarity(
+            xs.rows, xs.offsets, ys.rows, ys.offsets, chosen, sharpness, shift, kind, reduction == "mean", wide
+        )
     return result.squeeze(1) if pairs == "paired" else result
 
 
@@ -170,6 +186,19 @@ def _candidates(xs: PackedSets, ys: PackedSets, pairs: str, candidates: Tensor |
     if candidates.device != xs.rows.device:
         raise ValueError(f"candidates: expected device {xs.rows.device} as of x, got {candidates.device}")
     return candidates
+
+
+def _check_codes(xs: PackedSets, ys: PackedSets, numbers: tuple[Any, ...], out_dtype: torch.dtype | None) -> bool:
+    """What codes ask for: no gradients, and a result in what it is computed in. Says True: it is not rounded."""
+    if ys.rows.device != xs.rows.device:
+        raise ValueError(f"y: expected device {xs.rows.device} as of x, got {ys.rows.device}")
+    for name, v in zip(("x", "y", "alpha", "scale", "bias"), (xs.rows, ys.rows, *numbers), strict=True):
+        if isinstance(v, Tensor) and v.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected no gradient to be required, as x or y are codes (int8, float8)")
+    dtype = torch.float64 if torch.float64 in (xs.rows.dtype, ys.rows.dtype) else torch.float32
+    if out_dtype not in (None, dtype):
+        raise ValueError(f"out_dtype: expected None or {dtype} beside codes (int8, float8), got {out_dtype}")
+    return True
 
 
 def _product_of_means(xs: PackedSets, ys: PackedSets, candidates: Tensor | None, wide: bool) -> Tensor:
@@ -221,7 +250,9 @@ def _triton() -> ModuleType:
     return triton
 
 
-BACKENDS = OpBackends("set_similarity", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16))
+BACKENDS = OpBackends(
+    "set_similarity", triton=_triton, triton_dtypes=(torch.float32, torch.bfloat16, torch.float16, *CODES)
+)
 
 
 @torch.library.impl(FORWARD, "CompositeExplicitAutograd")
@@ -242,6 +273,26 @@ def _forward(
     return BACKENDS.implementation(reference, x, y).forward(
         x, x_offsets, y, y_offsets, candidates, alpha, bias, kind, mean, wide
     )
+
+
+@torch.library.impl(codes.FORWARD, "CompositeExplicitAutograd")
+def _forward_of_codes(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_offsets: Tensor,
+    y: Tensor,
+    y_scale: Tensor | None,
+    y_offsets: Tensor,
+    candidates: Tensor | None,
+    alpha: Tensor,
+    bias: Tensor,
+    kind: str,
+    mean: bool,
+) -> Tensor:
+    result: Tensor = BACKENDS.implementation(reference, x, y).forward_of_codes(
+        x, x_scale, x_offsets, y, y_scale, y_offsets, candidates, alpha, bias, kind, mean
+    )
+    return result
 
 
 @torch.library.impl(BACKWARD, "CompositeExplicitAutograd")

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from setemb_kernels.ops.set_similarity.layout import check_candidates, check_offsets
+from setemb_kernels.ops.set_similarity.layout import PackedSets, check_candidates, check_offsets
 
 BLOCK_ELEMENTS = 1 << 21
 """Scores ``c_kl`` held at a time."""
@@ -100,6 +100,25 @@ def forward(
         limit = min(torch.finfo(out.dtype).max, torch.finfo(s.dtype).max)
         out[t.where] = s.clamp(-limit, limit).to(out.dtype)
     return out if candidates is None else out.masked_fill_(candidates < 0, -math.inf)
+
+
+def forward_of_codes(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_offsets: Tensor,
+    y: Tensor,
+    y_scale: Tensor | None,
+    y_offsets: Tensor,
+    candidates: Tensor | None,
+    alpha: Tensor,
+    bias: Tensor,
+    kind: str,
+    mean: bool,
+) -> Tensor:
+    """The same of vectors that are int8 or float8 codes times a scale each, in float32. See `codes`."""
+    xs, ys = PackedSets(x, x_offsets, x_scale), PackedSets(y, y_offsets, y_scale)
+    xs, ys = (sets.decoded(torch.float32) for sets in (xs, ys))
+    return forward(xs.rows, x_offsets, ys.rows, y_offsets, candidates, alpha, bias, kind, mean)
 
 
 def backward(

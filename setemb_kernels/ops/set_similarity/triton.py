@@ -103,6 +103,8 @@ def _block_d(D: int, dtype: torch.dtype) -> tuple[int, bool]:
     """Features at a time, and whether these are all."""
     if dtype == torch.float32:  # whose products hold both operands in registers
         return 16, D <= 16
+    if dtype.itemsize == 1:  # a product takes 32 of them at least
+        return (max(32, _triton.next_power_of_two(D)), True) if D <= 256 else (128, False)
     return (max(16, _triton.next_power_of_two(D)), True) if D <= 128 else (64, False)
 
 
@@ -150,6 +152,8 @@ class _Side(NamedTuple):
 
     rows: Tensor
     offsets: Tensor
+    scale: Tensor | None = None
+    """Of codes, for each row."""
 
     @property
     def sets(self) -> int:
@@ -181,16 +185,37 @@ def forward(
     Memory beyond inputs and output: a float32 for each pair, two for both-way kinds.
     """
     call = _Call(x, x_offsets, y, y_offsets, candidates, alpha, bias)
-    dtype = torch.float32 if wide else x.dtype
+    return _forward(call, kind, mean, torch.float32 if wide else x.dtype)
+
+
+def forward_of_codes(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_offsets: Tensor,
+    y: Tensor,
+    y_scale: Tensor | None,
+    y_offsets: Tensor,
+    candidates: Tensor | None,
+    alpha: Tensor,
+    bias: Tensor,
+    kind: str,
+    mean: bool,
+) -> Tensor:
+    """The same in float32 of int8 or float8 codes, one dtype on both sides, with their scales; see `codes`."""
+    call = _Call(x, x_offsets, y, y_offsets, candidates, alpha, bias, x_scale, y_scale)
+    return _forward(call, kind, mean, torch.float32)
+
+
+def _forward(call: _Call, kind: str, mean: bool, dtype: torch.dtype) -> Tensor:
     if call.is_empty:
-        s = x.new_zeros(call.N, call.J, dtype=dtype)
+        s = call.x.rows.new_zeros(call.N, call.J, dtype=dtype)
     else:
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(call.x.rows):
             parts = call.similarities(_directions(kind, mean))
             s = parts[0] if len(parts) == 1 else parts.amax(0) if kind == "max" else parts.sum(0)
             limit = torch.finfo(dtype).max
             s = s.clamp_(-limit, limit).to(dtype)
-    return s if candidates is None else s.masked_fill_(candidates < 0, -math.inf)
+    return s if call.candidates is None else s.masked_fill_(call.candidates < 0, -math.inf)
 
 
 def backward(
@@ -270,8 +295,13 @@ class _Call:
         candidates: Tensor | None,
         alpha: Tensor,
         bias: Tensor,
+        x_scale: Tensor | None = None,
+        y_scale: Tensor | None = None,
     ) -> None:
-        self.x, self.y = _Side(x, x_offsets.contiguous()), _Side(y, y_offsets.contiguous())
+        self.x, self.y = (
+            _Side(v, offsets.contiguous(), None if scale is None else scale.contiguous())
+            for v, offsets, scale in ((x, x_offsets, x_scale), (y, y_offsets, y_scale))
+        )
         self.candidates = None if candidates is None else candidates.contiguous()
         self.N = self.x.sets
         self.J = self.y.sets if candidates is None else candidates.shape[1]
@@ -308,8 +338,9 @@ class _Call:
             for first in range(0, self.N, step):
                 sets = min(step, self.N - first)
                 kernels.similarity_kernel[(sets * self.J * count,)](
-                    a.rows, b.rows, a.offsets, b.offsets, self.candidates, own, *self.sharpness, direction.factor,
-                    self.J, first, sets, self.J, self.N * self.J, count, self.D, *a.rows.stride(), *b.rows.stride(),
+                    a.rows, b.rows, a.offsets, b.offsets, self.candidates, a.scale, b.scale, own,
+                    *self.sharpness, direction.factor, self.J, first, sets, self.J, self.N * self.J, count, self.D,
+                    *a.rows.stride(), *b.rows.stride(),
                     **constants, **config.launch(kernels.similarity_kernel),
                 )  # fmt: skip
         return parts
@@ -405,6 +436,24 @@ class _Owner:
 # --- ahead of time
 
 
+def configs_of_codes(
+    kind: str, x_mean: int, y_mean: int, D: int, dtype: torch.dtype, scaled: bool
+) -> Iterator[_triton.Build]:
+    """The kernel that `forward_of_codes` launches, in one direction."""
+    direction = _directions(kind, False)[0]
+    types = dict.fromkeys(("a", "b"), f"*{_triton.NAMES[dtype]}") | dict.fromkeys(("a_offsets", "b_offsets"), "*i64")
+    types |= dict.fromkeys(("parts", "a_scale", "b_scale"), "*fp32") | dict.fromkeys(
+        ("alpha", "bias", "factor"), "fp32"
+    )
+    constants: dict[str, Any] = {"HOW": direction.how, "MEAN": direction.mean, "BEST": direction.best, "SWAP": False}
+    constants |= {"PRECISION": "ieee", "ALPHA_ON_DEVICE": False, "BIAS_ON_DEVICE": False, "BAND": BAND}
+    constants |= {"a_stride_d": 1, "b_stride_d": 1, "candidates": None}
+    if not scaled:
+        constants |= {"a_scale": None, "b_scale": None}
+    launch = pair_config(x_mean, y_mean, D, dtype).launch(kernels.similarity_kernel)
+    yield _triton.build(kernels.similarity_kernel, types, constants, launch, {"D", "a_stride", "b_stride"}, True)
+
+
 def configs(
     kind: str, x_mean: int, y_mean: int, D: int, dtype: torch.dtype, has_candidates: bool = False, add: bool = False
 ) -> Iterator[_triton.Build]:
@@ -429,6 +478,7 @@ def configs(
     }
     constants |= {"STORE": direction.how != kernels.SIGMOID.value, "SUM": not hard, "ADD": add}
     constants |= dict.fromkeys(("a_stride_d", "b_stride_d", "own_stride_d", "other_stride_d", "grad_stride_j"), 1)
+    constants |= {"a_scale": None, "b_scale": None}
     if not has_candidates:
         constants |= {"candidates": None, "order": None, "bounds": None}
     aligned = {"D", "a_stride", "b_stride", "own_stride", "other_stride"}

@@ -83,24 +83,34 @@ def _tile(v, row, exists, first, D, stride, stride_d, BLOCK_D: tl.constexpr):
     """``[rows, BLOCK_D]``, features from `first` on; 0 where there is nothing."""
     d = first + tl.arange(0, BLOCK_D)
     place = v + row[:, None] * stride + d[None, :].to(tl.int64) * stride_d
-    return tl.load(place, mask=exists[:, None] & (d < D)[None, :], other=0)
+    return tl.load(place, mask=exists[:, None] & (d < D)[None, :], other=0.0)  # fp8 is not made of an int
 
 
 @triton.jit
 def _scores(
     first_tile, a, a_row, a_exists, b, b_row, b_exists, D, a_stride, a_stride_d, b_stride, b_stride_d,
-    BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    a_scale, b_scale, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``c [rows, columns]``. first_tile: the first BLOCK_D features of the rows; if WHOLE there are no others."""
+    """``c [rows, columns]``. first_tile: the first BLOCK_D features of the rows; if WHOLE there are no others.
+
+    Of int8 the products are summed in int32, exactly; of fp8 in float32, which has to be asked for. The scales, unless
+    None, are of each row of a and of b.
+    """
+    SUM: tl.constexpr = tl.int32 if a.dtype.element_ty == tl.int8 else tl.float32
+    c = tl.zeros((a_row.shape[0], b_row.shape[0]), SUM)
     if WHOLE:
         other = _tile(b, b_row, b_exists, 0, D, b_stride, b_stride_d, BLOCK_D)
-        c = tl.dot(first_tile, other.T, input_precision=PRECISION)
+        c = tl.dot(first_tile, other.T, c, input_precision=PRECISION, max_num_imprecise_acc=0, out_dtype=SUM)
     else:
-        c = tl.zeros((a_row.shape[0], b_row.shape[0]), tl.float32)
         for first in range(0, D, BLOCK_D):
             tile = _tile(a, a_row, a_exists, first, D, a_stride, a_stride_d, BLOCK_D)
             other = _tile(b, b_row, b_exists, first, D, b_stride, b_stride_d, BLOCK_D)
-            c = tl.dot(tile, other.T, c, input_precision=PRECISION)
+            c = tl.dot(tile, other.T, c, input_precision=PRECISION, max_num_imprecise_acc=0, out_dtype=SUM)
+    c = c.to(tl.float32)
+    if a_scale is not None:
+        c *= tl.load(a_scale + a_row, mask=a_exists, other=0)[:, None]
+    if b_scale is not None:
+        c *= tl.load(b_scale + b_row, mask=b_exists, other=0)[None, :]
     return c
 
 
@@ -151,7 +161,8 @@ def _weight(a_count, b_count, factor, HOW: tl.constexpr, MEAN: tl.constexpr):
 @triton.jit
 def _maxima(
     a, a_row, a_exists, b, b_begin, b_count, D, a_stride, a_stride_d, b_stride, b_stride_d,
-    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    a_scale, b_scale, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """Maxima ``[rows]``, NaN where a score is; if INDEX, for which NaN is the largest, also the first place of each."""
     column = tl.arange(0, COLUMNS)
@@ -162,7 +173,7 @@ def _maxima(
         exists = column < b_count - first
         c = _scores(
             first_tile, a, a_row, a_exists, b, b_begin + first + column, exists, D,
-            a_stride, a_stride_d, b_stride, b_stride_d, BLOCK_D, WHOLE, PRECISION,
+            a_stride, a_stride_d, b_stride, b_stride_d, a_scale, b_scale, BLOCK_D, WHOLE, PRECISION,
         )  # fmt: skip
         c = tl.where(exists[None, :], c, float("-inf"))
         if INDEX:
@@ -177,7 +188,8 @@ def _maxima(
 @triton.jit
 def _exponentials(
     a, a_row, a_exists, b, b_begin, b_count, scale, D, a_stride, a_stride_d, b_stride, b_stride_d,
-    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, MOMENT: tl.constexpr,
+    a_scale, b_scale, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    MOMENT: tl.constexpr,
 ):  # fmt: skip
     """Maxima ``[rows]``, with ``z = scale (c - maximum)`` the sums of ``exp2(z)`` and, if MOMENT, of ``z exp2(z)``."""
     column = tl.arange(0, COLUMNS)
@@ -189,7 +201,7 @@ def _exponentials(
         exists = column < b_count - first
         c = _scores(
             first_tile, a, a_row, a_exists, b, b_begin + first + column, exists, D,
-            a_stride, a_stride_d, b_stride, b_stride_d, BLOCK_D, WHOLE, PRECISION,
+            a_stride, a_stride_d, b_stride, b_stride_d, a_scale, b_scale, BLOCK_D, WHOLE, PRECISION,
         )  # fmt: skip
         c = tl.where(exists[None, :], c, float("-inf"))
         new = tl.maximum(top, tl.max(c, 1))
@@ -208,7 +220,8 @@ def _exponentials(
 @triton.jit
 def _probabilities(
     a, a_row, a_exists, b, b_begin, b_count, scale, bias, D, a_stride, a_stride_d, b_stride, b_stride_d,
-    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
+    a_scale, b_scale, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Sums over a block of rows: of probabilities; or, if SLOPE, of their derivatives by scale and by bias."""
     column = tl.arange(0, COLUMNS)
@@ -219,7 +232,7 @@ def _probabilities(
         exists = column < b_count - first
         c = _scores(
             first_tile, a, a_row, a_exists, b, b_begin + first + column, exists, D,
-            a_stride, a_stride_d, b_stride, b_stride_d, BLOCK_D, WHOLE, PRECISION,
+            a_stride, a_stride_d, b_stride, b_stride_d, a_scale, b_scale, BLOCK_D, WHOLE, PRECISION,
         )  # fmt: skip
         e, slope = _sigmoid(c, scale, bias)
         inside = a_exists[:, None] & exists[None, :]
@@ -241,6 +254,7 @@ def similarity_kernel(
     a, b,  # [rows, D], any strides
     a_offsets, b_offsets,  # [sets + 1] int64
     candidates,  # [N, J] int64 or None
+    a_scale, b_scale,  # [rows] float32 or None
     parts,  # [splits, N, J] float32
     alpha, bias, factor, J, first_n, sets_n, sets_j, pairs, splits, D, a_stride, a_stride_d, b_stride, b_stride_d,
     SWAP: tl.constexpr, HOW: tl.constexpr, BEST: tl.constexpr, MEAN: tl.constexpr,
@@ -270,20 +284,20 @@ def similarity_kernel(
         if HOW == SIGMOID:
             value, _ = _probabilities(
                 a, row, exists, b, b_begin, b_count, scale, shift, D, a_stride, a_stride_d, b_stride, b_stride_d,
-                COLUMNS, BLOCK_D, WHOLE, PRECISION, False,
+                a_scale, b_scale, COLUMNS, BLOCK_D, WHOLE, PRECISION, False,
             )  # fmt: skip
             s += value * weight
         else:
             if HOW == SOFT:
                 top, total, _ = _exponentials(
                     a, row, exists, b, b_begin, b_count, scale, D, a_stride, a_stride_d, b_stride, b_stride_d,
-                    COLUMNS, BLOCK_D, WHOLE, PRECISION, False,
+                    a_scale, b_scale, COLUMNS, BLOCK_D, WHOLE, PRECISION, False,
                 )  # fmt: skip
                 top += tl.log2(total) * inverse
             else:
                 top, _ = _maxima(
                     a, row, exists, b, b_begin, b_count, D, a_stride, a_stride_d, b_stride, b_stride_d,
-                    COLUMNS, BLOCK_D, WHOLE, PRECISION, False,
+                    a_scale, b_scale, COLUMNS, BLOCK_D, WHOLE, PRECISION, False,
                 )  # fmt: skip
             if BEST:
                 s = _larger(s, _largest(tl.where(exists, top, float("-inf")), 0))
@@ -332,14 +346,14 @@ def state_kernel(
         if HOW == SIGMOID:
             by_scale, by_bias = _probabilities(
                 a, row, exists, b, b_begin, b_count, scale, shift, D, a_stride, a_stride_d, b_stride, b_stride_d,
-                COLUMNS, BLOCK_D, WHOLE, PRECISION, True,
+                None, None, COLUMNS, BLOCK_D, WHOLE, PRECISION, True,
             )  # fmt: skip
             first_sum += by_scale
             second_sum += by_bias
         elif HOW == SOFT:
             top, total, moment = _exponentials(
                 a, row, exists, b, b_begin, b_count, scale, D, a_stride, a_stride_d, b_stride, b_stride_d,
-                COLUMNS, BLOCK_D, WHOLE, PRECISION, SUM,
+                None, None, COLUMNS, BLOCK_D, WHOLE, PRECISION, SUM,
             )  # fmt: skip
             if STORE:
                 tl.store(target + row, top, mask=exists)
@@ -349,7 +363,7 @@ def state_kernel(
         else:
             top, index = _maxima(
                 a, row, exists, b, b_begin, b_count, D, a_stride, a_stride_d, b_stride, b_stride_d,
-                COLUMNS, BLOCK_D, WHOLE, PRECISION, True,
+                None, None, COLUMNS, BLOCK_D, WHOLE, PRECISION, True,
             )  # fmt: skip
             if BEST:
                 top = tl.where(exists, top, float("-inf"))
@@ -486,7 +500,7 @@ def gradient_kernel(
                 else:
                     c = _scores(
                         first_tile, own, row, exists, other, column, is_column, D,
-                        own_stride, own_stride_d, other_stride, other_stride_d, BLOCK_D, WHOLE, PRECISION,
+                        own_stride, own_stride_d, other_stride, other_stride_d, None, None, BLOCK_D, WHOLE, PRECISION,
                     )  # fmt: skip
                     if HOW == SIGMOID:
                         _, w = _sigmoid(c, scale, shift)

@@ -16,8 +16,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from torch import Tensor  # noqa: E402
+
 from setemb_kernels.ops.set_similarity import triton as backend  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton_kernels  # noqa: E402
+from setemb_kernels.ops.set_similarity.codes import FLOAT8_CAPABILITY  # noqa: E402
+from setemb_kernels.ops.set_similarity.layout import PackedSets  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
 from tests.kernels.set_similarity.cases import (  # noqa: E402
     CASES,
@@ -30,6 +34,7 @@ from tests.kernels.set_similarity.cases import (  # noqa: E402
     check_wide,
     reference_results,
 )
+from tests.kernels.set_similarity.codes import check as check_codes  # noqa: E402
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -69,6 +74,28 @@ def test_16_bit_in_float32_out(name: str, kind: str, dtype: torch.dtype) -> None
     case = NAMED[name]
     if kind in case.kinds:
         check_wide(lambda i: run(i, wide=True), few(case), kind, dtype, DEVICE)
+
+
+def run_codes(x: PackedSets, y: PackedSets, i: Inputs) -> Tensor:
+    return backend.forward_of_codes(
+        x.rows, x.scale, x.offsets, y.rows, y.scale, y.offsets, i.candidates, i.alpha, i.bias, i.kind, i.mean
+    )
+
+
+FLOAT8 = [torch.float8_e4m3fn] if INTERPRETED or torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY else []
+CODED = ("odd sizes", "tokens", "D 1031", "candidates, empty sets", "ragged documents", "sliced", "ties", "no y")
+
+
+@pytest.mark.parametrize("kind", ["chamfer", "maxsim", "soft_maxsim", "max", "match_probability"])
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("dtype", [torch.int8, *FLOAT8], ids=str)
+def test_codes(name: str, kind: str, dtype: torch.dtype) -> None:
+    check_codes(run_codes, few(NAMED[name]), kind, dtype, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["maxsim", "soft_maxsim"])
+def test_codes_without_scales(kind: str) -> None:
+    check_codes(run_codes, few(NAMED["ragged"]), kind, torch.int8, torch.int8, DEVICE, scaled=False)
 
 
 BANDS = Case("bands", 3, 2, (1, 20), (1, 20), 16)

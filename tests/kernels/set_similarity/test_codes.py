@@ -1,0 +1,134 @@
+"""set_similarity of int8 and float8 codes on the CPU: every case and kind, all forms of sets, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from setemb_kernels import set_similarity
+from setemb_kernels.ops.set_similarity import codes as op
+from setemb_kernels.ops.set_similarity import reference
+from setemb_kernels.ops.set_similarity.layout import PackedSets
+from tests.kernels.set_similarity.cases import CASES, Case, Inputs
+from tests.kernels.set_similarity.codes import check, encoded
+
+TABLE = [pytest.param(case, kind, id=f"{case.name}-{kind}") for case in CASES for kind in case.kinds]
+MIXED = [
+    (torch.int8, torch.float32),
+    (torch.bfloat16, torch.int8),
+    (torch.int8, torch.float8_e4m3fn),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn),
+    (torch.float32, torch.float8_e4m3fn),
+]
+ALL_KINDS = ("smooth_chamfer", "chamfer", "maxsim", "soft_maxsim", "max", "mean", "match_probability")
+
+
+def run(x: PackedSets, y: PackedSets, i: Inputs) -> Tensor:
+    return op.similarity(x, y, i.candidates, i.alpha, i.bias, i.kind, i.mean)
+
+
+@pytest.mark.parametrize(("case", "kind"), TABLE)
+def test_int8(case: Case, kind: str) -> None:
+    check(run, case, kind, torch.int8, torch.int8)
+
+
+@pytest.mark.parametrize(("case", "kind"), [p for p in TABLE if p.values[0].name in ("ragged", "tokens", "D 1031")])
+def test_without_scales(case: Case, kind: str) -> None:
+    check(run, case, kind, torch.int8, torch.int8, scaled=False)
+
+
+@pytest.mark.parametrize(("case", "kind"), TABLE)
+def test_reference(case: Case, kind: str) -> None:
+    def run(x: PackedSets, y: PackedSets, i: Inputs) -> Tensor:
+        return reference.forward_of_codes(
+            x.rows, x.scale, x.offsets, y.rows, y.scale, y.offsets, i.candidates, i.alpha, i.bias, i.kind, i.mean
+        )
+
+    check(run, case, kind, torch.int8, torch.int8)
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=str)
+@pytest.mark.parametrize("name", ["ragged", "candidates, empty sets", "paired", "no y", "many against one"])
+@pytest.mark.parametrize("kind", ["chamfer", "soft_maxsim"])
+def test_one_side_or_both(
+    kind: str, name: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where y is decoded a few sets at a time."""
+    case = next(c for c in CASES if c.name == name)
+    check(run, case, kind, *dtypes)
+    monkeypatch.setattr(op, "PART_ELEMENTS", 3000)
+    check(run, case, kind, *dtypes)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_padded_masked_packed_and_nested_codes_are_one(kind: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(*shape, generator=generator) for shape in ((3, 4, 20), (5, 6, 20)))
+    counts = torch.tensor([6, 1, 3, 0, 5])
+    mask = torch.arange(6) < counts[:, None]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    codes, x_codes = (encoded(v.flatten(0, 1), offsets, torch.int8) for v in (y, x))
+    assert codes.scale is not None and x_codes.scale is not None
+    rows, scale = codes.rows[mask.flatten()], codes.scale[mask.flatten()]
+    queries = {"x": x_codes.rows.view(3, 4, 20), "x_scale": x_codes.scale.view(3, 4)}
+    padded = set_similarity(
+        y=codes.rows.view(5, 6, 20), y_scale=codes.scale.view(5, 6), y_mask=mask, kind=kind, **queries
+    )
+    packed = set_similarity(y=rows, y_scale=scale, y_offsets=offsets, kind=kind, **queries)
+    nested = torch.nested.nested_tensor_from_jagged(rows, offsets)
+    ragged = set_similarity(y=nested, y_scale=scale, kind=kind, **queries)
+    decoded = (x_codes.rows * x_codes.scale[:, None]).view(3, 4, 20), rows * scale[:, None]
+    truth = set_similarity(decoded[0].double(), decoded[1].double(), kind, y_offsets=offsets)
+    for s in (padded, packed, ragged):
+        torch.testing.assert_close(s, truth.float())
+    truth = set_similarity(decoded[0].double(), rows, kind, y_offsets=offsets, y_scale=scale)
+    assert truth.dtype == torch.float64
+
+
+def test_opcheck() -> None:
+    x, y = (torch.randint(-127, 128, (6, 8), dtype=torch.int8) for _ in range(2))
+    offsets, one = torch.tensor([0, 2, 6]), torch.tensor(1.0, dtype=torch.float64)
+    args = (x, torch.rand(6), offsets, y, None, offsets, None, one, one, "chamfer", False)
+    torch.library.opcheck(torch.ops.setemb.set_similarity_codes.default, args)
+
+
+def test_compiles_into_one_graph() -> None:
+    x, y = (torch.randint(-127, 128, (n, 3, 8), dtype=torch.int8) for n in (2, 5))
+    scale = torch.rand(5, 3)
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return set_similarity(x, y, "maxsim", y_scale=scale) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), function(x, y))
+
+
+CODED = torch.zeros(2, 3, 4, dtype=torch.int8)
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "gradient": ({"x": torch.zeros(2, 3, 4, requires_grad=True)}, "x: expected no gradient"),
+    "gradient of alpha": (
+        {"kind": "soft_maxsim", "alpha": torch.tensor(1.0, requires_grad=True)},
+        "alpha: expected no gradient",
+    ),
+    "scale of floats": (
+        {"x": torch.zeros(2, 3, 4), "x_scale": torch.ones(2, 3)},
+        "x_scale: expected None beside x of float32",
+    ),
+    "shape of scale": ({"y_scale": torch.ones(2, 2)}, r"y_scale: expected shape \[2, 3\] as of y, got \[2, 2\]"),
+    "dimensions of scale": ({"y_scale": torch.ones(6)}, "y_scale: expected 2 dimensions"),
+    "dtype of scale": ({"y_scale": torch.ones(2, 3, dtype=torch.int64)}, "y_scale: expected float32.* got int64"),
+    "out_dtype": ({"out_dtype": torch.float16}, "out_dtype: expected None or torch.float32 beside codes"),
+    "uint8": ({"y": CODED.to(torch.uint8)}, "y: expected float32, .*int8 or float8_e4m3fn, got uint8"),
+    "features": ({"y": CODED[..., :2]}, "y: expected 4 features as in x, got 2"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    changes, message = ERRORS[name]
+    arguments = {"x": CODED, "y": CODED, "kind": "maxsim"} | changes
+    with pytest.raises((TypeError, ValueError), match=message):
+        set_similarity(**arguments)
