@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _check
+from setemb_kernels.ops.set_similarity import reference
 from setemb_kernels.ops.set_similarity.op import Kind
+
+MOST_BATCHED_SCORES = 1024
+"""Of a pair of sets, for `_batched`."""
 
 
 class Measure(NamedTuple):
@@ -56,6 +60,8 @@ class Measure(NamedTuple):
         if self.kind in ("smooth_chamfer", "mean") and not paired:
             s = torch.ops.setemb.smooth_chamfer(x, y, self._sharpness(), x_mask, y_mask, True)
             return s
+        if paired and _batched(x, y):
+            return reference.paired_forward(x, y, x_mask, y_mask, *self._packed_arguments())
         a, b = _packed(x, x_mask), _packed(y, y_mask)
         who, kind = _each(len(x), x.device) if paired else None, self._packed_kind()
         s = torch.ops.setemb.set_similarity(
@@ -86,6 +92,8 @@ class Measure(NamedTuple):
                 grad, x, y, self.alpha, x_mask, y_mask, need_x, need_y, need_alpha
             )
             return *found, self.bias.new_zeros(() if need_bias else 0)
+        if paired and _batched(x, y):
+            return reference.paired_backward(grad, x, y, x_mask, y_mask, *self._packed_arguments(), *needs)
         a_rows, b_rows = _packed(x, x_mask), _packed(y, y_mask)
         who = _each(len(x), x.device) if paired else None
         by_x, by_y, by_alpha, by_bias = torch.ops.setemb.set_similarity_backward(
@@ -95,12 +103,21 @@ class Measure(NamedTuple):
         )
         return a_rows.unpack(by_x) if need_x else by_x, b_rows.unpack(by_y) if need_y else by_y, by_alpha, by_bias
 
+    def _packed_arguments(self) -> tuple[Tensor, Tensor, str, bool]:
+        return self._sharpness(), self.bias, self._packed_kind(), self.mean
+
     def _packed_kind(self) -> str:
         """The closest of the only pair of vectors is their dot product, too."""
         return "max" if self.kind == "mean" else self.kind
 
     def _sharpness(self) -> Tensor:
         return torch.ones_like(self.alpha) if self.kind == "mean" else self.alpha
+
+
+def _batched(x: Tensor, y: Tensor) -> bool:
+    """Whether pairs, one set of x with one of y each, are made by batched products with their scores stored: on a GPU,
+    where a program of its own for each pair of small sets leaves most of its tile empty, and waits."""
+    return x.device.type == "cuda" and x.shape[1] * y.shape[1] <= MOST_BATCHED_SCORES
 
 
 def check_bias(name: str, bias: float | Tensor, device: torch.device) -> Tensor:

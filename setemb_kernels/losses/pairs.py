@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from setemb_kernels.losses.tiles import Gradients, Sets
+from setemb_kernels.measure import MOST_BATCHED_SCORES
 
 CHUNK_ELEMENTS = 1 << 20
-"""Elements of x and y gathered at a time, each."""
+"""Elements of x and y gathered at a time, each; and scores, where those are stored."""
 
 GPU_CHUNK_ELEMENTS = 1 << 26
 """The same on a GPU."""
@@ -51,6 +52,6 @@ def _gathered(sets: Sets, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor
 def _chunks(sets: Sets, count: int) -> Iterator[slice]:
     (_, K, D), L = sets.x.shape, sets.y.shape[1]
     elements = CHUNK_ELEMENTS if sets.x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    step = max(1, elements // max(1, max(K, L) * D))
+    step = max(1, elements // max(1, max(K, L) * D, min(K * L, MOST_BATCHED_SCORES)))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))

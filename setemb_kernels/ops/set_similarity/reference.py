@@ -157,13 +157,83 @@ def backward(
             _add(grad_y, t.y, torch.einsum(f"nmkl,{of_x}->{of_y}", w, t.x.vectors))
         for total, part in ((grad_alpha, by_alpha), (grad_bias, by_bias)):
             total += torch.where(t.present, part.double() * g[..., 0, 0].double(), 0).sum()
-    if kind in SOFT:
-        grad_alpha = -grad_alpha / alpha.double().to(x.device).square()
     return (
         x.new_empty(0) if grad_x is None else grad_x.to(x.dtype),
         y.new_empty(0) if grad_y is None else grad_y.to(y.dtype),
-        grad_alpha.to(alpha.device, alpha.dtype) if need_alpha else alpha.new_empty(0),
-        grad_bias.to(bias.device, bias.dtype) if need_bias else bias.new_empty(0),
+        *_scalar_gradients(grad_alpha, grad_bias, alpha, bias, kind, need_alpha, need_bias),
+    )
+
+
+def paired_forward(
+    x: Tensor,
+    y: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    alpha: Tensor,
+    bias: Tensor,
+    kind: str,
+    mean: bool,
+) -> Tensor:
+    """The similarity ``[P]`` of set p of x with set p of y, padded and masked ``[P, K, D]`` and ``[P, L, D]``, in what
+    it is accumulated in. All scores of these pairs are stored, and nothing waits for a device."""
+    t = _paired(x, y, x_mask, y_mask)
+    s = torch.where(t.present, _similarity(t, _sharpness(alpha, bias, x), kind, mean), 0).squeeze(1)
+    limit = torch.finfo(s.dtype).max
+    return s.clamp(-limit, limit)
+
+
+def paired_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    alpha: Tensor,
+    bias: Tensor,
+    kind: str,
+    mean: bool,
+    need_x: bool,
+    need_y: bool,
+    need_alpha: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Its gradients for x, y, alpha and bias, as of `backward`."""
+    t = _paired(x, y, x_mask, y_mask)
+    w, by_alpha, by_bias = _weights(t, _sharpness(alpha, bias, x), kind, mean)
+    g = torch.where(t.present, grad[:, None].to(w.dtype), 0)
+    w = (w * g[..., None, None]).squeeze(1)
+    sums = [torch.where(t.present, part.double() * g.double(), 0).sum() for part in (by_alpha, by_bias)]
+    return (
+        torch.bmm(w, t.y.vectors).to(x.dtype) if need_x else x.new_empty(0),
+        torch.bmm(w.transpose(1, 2), t.x.vectors).to(y.dtype) if need_y else y.new_empty(0),
+        *_scalar_gradients(*sums, alpha, bias, kind, need_alpha, need_bias),
+    )
+
+
+def _paired(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> _Tile:
+    xs, ys = _of_padded(x, x_mask), _of_padded(y, y_mask)
+    c = torch.bmm(xs.vectors, ys.vectors.transpose(1, 2))[:, None]
+    return _tile((slice(None), slice(None)), xs, ys, True, c, xs.valid.new_ones(len(x), 1))
+
+
+def _of_padded(v: Tensor, mask: Tensor | None) -> _Padded:
+    vectors = v.to(accumulate_dtype(v.dtype))
+    valid = v.new_ones(v.shape[:2], dtype=torch.bool) if mask is None else mask
+    if mask is not None:
+        vectors = torch.where(mask[..., None], vectors, 0)
+    count = valid.sum(1)
+    weight = torch.where(count > 0, 1 / count.clamp(min=1).to(vectors.dtype), 0)
+    return _Padded(vectors, valid, valid.new_empty(0, dtype=torch.int64), weight)
+
+
+def _scalar_gradients(
+    by_alpha: Tensor, by_bias: Tensor, alpha: Tensor, bias: Tensor, kind: str, need_alpha: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    if kind in SOFT:
+        by_alpha = -by_alpha / alpha.double().to(by_alpha.device).square()
+    return (
+        by_alpha.to(alpha.device, alpha.dtype) if need_alpha else alpha.new_empty(0),
+        by_bias.to(bias.device, bias.dtype) if need_bias else bias.new_empty(0),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from setemb_kernels import measure
 from tests.kernels.losses.cases import CASES, KINDS, LOSSES, Case, check, cut_finely
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -17,6 +18,16 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def test_loss(case: Case, name: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if tile == 6:
         cut_finely(monkeypatch)
+    check(LOSSES[name], case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", ["hardest", "all"])
+@pytest.mark.parametrize("case", [*CASES, *KINDS], ids=lambda case: case.name)
+def test_pairs_by_batched_products(case: Case, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU makes those that a loss lists."""
+    cut_finely(monkeypatch)
+    monkeypatch.setattr(measure, "_batched", lambda x, y: True)
     check(LOSSES[name], case, dtype)
 
 
