@@ -1,6 +1,7 @@
 """The compiled modules: one CPU module per SIMD capability, and the CUDA one where it can be built.
 
-Settings, from the environment: SETEMB_CUDA=auto|0|1 (1 fails where CUDA cannot be built), and torch's own
+Settings, from the environment: SETEMB_CUDA=auto|0|1 (1 fails where CUDA cannot be built), SETEMB_CPU=all or names of
+the CPU modules to build, as "default,avx512" (a build for this machine alone takes less time), and torch's own
 TORCH_CUDA_ARCH_LIST (else the GPUs that are here, else 8.0;9.0;10.0), MAX_JOBS and DEBUG.
 """
 
@@ -65,6 +66,16 @@ def settings(sources: list[str], **macros: str) -> dict[str, object]:
 
 def optimisation() -> list[str]:
     return ["-O0", "-g"] if os.environ.get("DEBUG", "0") not in ("", "0") else ["-O3"]
+
+
+def cpu_capabilities() -> dict[str, list[str]]:
+    wanted = os.environ.get("SETEMB_CPU", "all").split(",")
+    if wanted == ["all"]:
+        return CAPABILITIES
+    unknown = [name for name in wanted if name not in CAPABILITIES]
+    if unknown:
+        raise SystemExit(f"SETEMB_CPU: expected all or names out of {', '.join(CAPABILITIES)}, got {unknown[0]!r}")
+    return {name: CAPABILITIES[name] for name in wanted}
 
 
 def cpu_module(capability: str, flags: list[str]) -> Extension:
@@ -135,6 +146,6 @@ class BuildInOwnFolders(BuildExtension):
 
 
 setup(
-    ext_modules=[*(cpu_module(*item) for item in CAPABILITIES.items()), *cuda_modules()],
+    ext_modules=[*(cpu_module(*item) for item in cpu_capabilities().items()), *cuda_modules()],
     cmdclass={"build_ext": BuildInOwnFolders},
 )

@@ -155,6 +155,7 @@ def test_builds_for_the_chip_that_is_there(tmp_path: Path) -> None:
         run.build(stage, 1.0, cuda=cuda)
         assert stage.status == "ok"
         assert seen[-1]["SETEMB_CUDA"] == cuda and seen[-1]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+        assert seen[-1]["SETEMB_CPU"] in ("avx512", "avx2", "default")
         assert "-lineinfo" in seen[-1]["NVCC_APPEND_FLAGS"].split()
 
 
