@@ -141,7 +141,7 @@ def _table(contents: list[dict[str, Any]]) -> str:
         "",
         f"![Times beside the plain products](benchmarks/results/{_figure_name(contents)})",
         "",
-        "| | beside, ms | ours, ms | ours / beside | eager / ours | compiled / ours | oneDNN product / ours |",
+        "| | beside, ms | ours, ms | ours / beside | eager / ours | compiled / ours | others / ours |",
         "|---|---|---|---|---|---|---|",
     ]
     memory, sections = [], []
@@ -159,10 +159,9 @@ def _table(contents: list[dict[str, Any]]) -> str:
             memory.append(f"| {row['op']} {row['name']} | {row['memory_mib']:.0f} MiB |")
             continue
         ms = row["milliseconds"]
-        peers = [
-            f"{ms[p] / ms['ours']:.{digits}f}" if p in ms else ""
-            for p, digits in (("eager", 1), ("compiled", 1), ("onednn", 2))
-        ]
+        peers = [f"{ms[p] / ms['ours']:.1f}" if p in ms else "" for p in ("eager", "compiled")]
+        others = [p for p in ms if p not in ("floor", "ours", "eager", "compiled")]
+        peers.append(", ".join(f"{OTHERS.get(p, p)} {ms[p] / ms['ours']:.2f}" for p in others))
         cells = [f"{row['op']} {row['name']}", f"{ms['floor']:.1f} ({row['floor']})", f"{ms['ours']:.1f}"]
         cells.append(f"{row['ratio']:.2f}")
         lines.append(f"| {' | '.join(cells + peers)} |")
@@ -185,6 +184,9 @@ def _sections(row: dict[str, Any]) -> list[str]:
         lines.append(f"| {' | '.join([part, *cells, f'{100 * sum(times.values()) / whole:.0f} %'])} |")
     return lines
 
+
+OTHERS = {"onednn": "oneDNN's product"}
+"""What a column of the results is called, where not by its own name."""
 
 DOCUMENTS = {"README.md": tables, "docs/integrations.md": drop_ins}
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from benchmarks.harness import ROWS, Function, Row, measure
 from benchmarks.memory import in_a_process_of_its_own
+from benchmarks.test_retrieval import codes_of
 from setemb_kernels import maxsim
 
 DOCUMENTS = 10_000
@@ -47,6 +48,23 @@ def test_one_query(benchmark: BenchmarkFixture, K: int, L: int, D: int) -> None:
         ours=lambda: maxsim(x, y),
         floor=lambda: y.flatten(0, 1) @ x[0].T,
         peers={"eager": lambda: eager_maxsim(x, y), "compiled": lambda: compiled(x, y), **package_peers(x[0], y)},
+        operations=2.0 * DOCUMENTS * K * L * D,
+    )
+
+
+def test_one_query_of_codes(benchmark: BenchmarkFixture) -> None:
+    """int8 on both sides with scales, beside the same in float32, and in bfloat16."""
+    K, L, D = 32, 128, 128
+    x, y = functional.normalize(torch.randn(1, K, D), dim=-1), torch.randn(DOCUMENTS, L, D)
+    y /= torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    short_x, short_y = x.bfloat16(), y.bfloat16()
+    (x8, x_scale), (y8, y_scale) = codes_of(x), codes_of(y)
+    measure(
+        benchmark,
+        Row("set_similarity", f"maxsim 1 x {DOCUMENTS:,} K{K} L{L} D{D} int8 cpu", None, "ours, float32"),
+        ours=lambda: maxsim(x8, y8, x_scale=x_scale, y_scale=y_scale),
+        floor=lambda: maxsim(x, y),
+        peers={"ours, bfloat16": lambda: maxsim(short_x, short_y)},
         operations=2.0 * DOCUMENTS * K * L * D,
     )
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from setemb_kernels.losses import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
+from setemb_kernels.measure import Measure
+from setemb_kernels.ops.set_similarity.op import Kind
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["MetricLearningLoss", "SetInfoNCELoss", "SetSigmoidLoss", "SetTripletLoss"]
+
+
+class Similarity(TypedDict, total=False):
+    """Which similarity of sets, beside alpha: arguments of `setemb_kernels.set_infonce_loss` and the other losses."""
+
+    kind: Kind
+    match_bias: float
+    reduction: Literal["sum", "mean"]
 
 
 class _SetLoss(nn.Module):
@@ -19,9 +32,16 @@ class _SetLoss(nn.Module):
 
     function: Callable[..., Tensor]
 
-    def __init__(self, alpha: float) -> None:
+    def __init__(self, alpha: float, similarity: Similarity) -> None:
         super().__init__()
-        self.alpha = alpha
+        Measure.of(
+            similarity.get("kind", "smooth_chamfer"),
+            alpha,
+            similarity.get("match_bias", 0.0),
+            similarity.get("reduction", "sum"),
+            torch.device("cpu"),
+        )  # says at once what is wrong
+        self.alpha, self.similarity = alpha, similarity
 
     def options(self) -> dict[str, Any]:
         """Arguments of the function."""
@@ -40,15 +60,15 @@ class _SetLoss(nn.Module):
         """Sets ``[N, K, D]`` and ``[M, L, D]``; those of equal ids belong together, without ids x[i] and y[i]."""
         groups = {"x_group": x_group, "y_group": y_group}
         masks = {"x_mask": x_mask, "y_mask": y_mask}
-        return type(self).function(x, y, alpha=self.alpha, **groups, **masks, **self.options())
+        return type(self).function(x, y, alpha=self.alpha, **self.similarity, **groups, **masks, **self.options())
 
     def extra_repr(self) -> str:
-        values = {"alpha": self.alpha} | self.options()
+        values = {"alpha": self.alpha} | dict(self.similarity) | self.options()
         return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v}" for k, v in values.items())
 
 
 class SetTripletLoss(_SetLoss):
-    """`setemb_kernels.set_triplet_loss`."""
+    """`setemb_kernels.set_triplet_loss`, of any kind of similarity: ``SetTripletLoss(kind="maxsim")``."""
 
     function = staticmethod(set_triplet_loss)
 
@@ -57,8 +77,9 @@ class SetTripletLoss(_SetLoss):
         margin: float = 0.2,
         negatives: Literal["hardest", "semi-hard", "all"] = "hardest",
         alpha: float = 16.0,
+        **similarity: Unpack[Similarity],
     ) -> None:
-        super().__init__(alpha)
+        super().__init__(alpha, similarity)
         self.margin, self.negatives = margin, negatives
 
     def options(self) -> dict[str, Any]:
@@ -66,7 +87,7 @@ class SetTripletLoss(_SetLoss):
 
 
 class SetInfoNCELoss(_SetLoss):
-    """`setemb_kernels.set_infonce_loss`.
+    """`setemb_kernels.set_infonce_loss`, of any kind of similarity.
 
     Args:
         temperature: > 0; with `learnable` where it starts. Its logarithm is the parameter then, ``log_temperature``.
@@ -75,9 +96,15 @@ class SetInfoNCELoss(_SetLoss):
     function = staticmethod(set_infonce_loss)
 
     def __init__(
-        self, temperature: float = 0.05, symmetric: bool = True, alpha: float = 16.0, *, learnable: bool = False
+        self,
+        temperature: float = 0.05,
+        symmetric: bool = True,
+        alpha: float = 16.0,
+        *,
+        learnable: bool = False,
+        **similarity: Unpack[Similarity],
     ) -> None:
-        super().__init__(alpha)
+        super().__init__(alpha, similarity)
         self.log_temperature = nn.Parameter(_logarithm("temperature", temperature)) if learnable else None
         self._temperature, self.symmetric = temperature, symmetric
 
@@ -90,7 +117,8 @@ class SetInfoNCELoss(_SetLoss):
 
 
 class SetSigmoidLoss(_SetLoss):
-    """`setemb_kernels.set_sigmoid_loss`; the logarithm of its scale, ``log_scale``, and its ``bias`` are parameters.
+    """`setemb_kernels.set_sigmoid_loss`, of any kind of similarity; the logarithm of its scale, ``log_scale``, and its
+    ``bias`` are parameters.
 
     Args:
         scale, bias: where they start, and stay with ``learnable=False``.
@@ -99,9 +127,15 @@ class SetSigmoidLoss(_SetLoss):
     function = staticmethod(set_sigmoid_loss)
 
     def __init__(
-        self, scale: float = 10.0, bias: float = -10.0, alpha: float = 16.0, *, learnable: bool = True
+        self,
+        scale: float = 10.0,
+        bias: float = -10.0,
+        alpha: float = 16.0,
+        *,
+        learnable: bool = True,
+        **similarity: Unpack[Similarity],
     ) -> None:
-        super().__init__(alpha)
+        super().__init__(alpha, similarity)
         self.log_scale = nn.Parameter(_logarithm("scale", scale), requires_grad=learnable)
         self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learnable)
 

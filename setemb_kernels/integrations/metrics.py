@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from setemb_kernels.integrations._patch import package
+from setemb_kernels.measure import Measure
+from setemb_kernels.ops.set_similarity.op import Kind
 from setemb_kernels.retrieval import set_rank, set_topk
 
 package("torchmetrics", "torchmetrics (of the extra setemb[train])")
@@ -20,7 +22,8 @@ __all__ = ["SetRetrieval", "run_dictionaries"]
 
 
 class SetRetrieval(Metric):
-    """R@k and median and mean rank, both ways, by smooth-Chamfer similarity: exact, by counting (`set_rank`).
+    """R@k and median and mean rank, both ways, by a similarity of sets, smooth-Chamfer unless told: exact, by counting
+    (`set_rank`).
 
     ``update(x, y, x_group, y_group)`` takes a batch of sets of each side, ``[n, K, D]`` and ``[m, L, D]``, which need
     not be as many, and their ids; sets of equal ids are relevant to each other. Without ids x[i] and y[i] of one update
@@ -30,7 +33,7 @@ class SetRetrieval(Metric):
 
     Args:
         ks: the k of R@k.
-        alpha: sharpness of the similarity.
+        alpha, kind, match_bias, reduction: the similarity, as in `set_rank`.
         options: of `torchmetrics.Metric`. Embeddings are kept until `reset`, and gathered from all processes.
     """
 
@@ -38,11 +41,27 @@ class SetRetrieval(Metric):
     higher_is_better = True
     full_state_update = False
 
-    def __init__(self, ks: Sequence[int] = (1, 5, 10), alpha: float = 16.0, **options: Any) -> None:
+    def __init__(
+        self,
+        ks: Sequence[int] = (1, 5, 10),
+        alpha: float = 16.0,
+        *,
+        kind: Kind = "smooth_chamfer",
+        match_bias: float = 0.0,
+        reduction: Literal["sum", "mean"] = "sum",
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
             raise ValueError(f"ks: expected ints of at least 1, got {ks!r}")
-        self.ks, self.alpha = tuple(ks), alpha
+        Measure.of(kind, alpha, match_bias, reduction, torch.device("cpu"))  # says at once what is wrong
+        self.ks = tuple(ks)
+        self.similarity: dict[str, Any] = {
+            "kind": kind,
+            "alpha": alpha,
+            "match_bias": match_bias,
+            "reduction": reduction,
+        }
         for name in ("x", "y", "x_group", "y_group"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self._pairs = 0
@@ -68,7 +87,7 @@ class SetRetrieval(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         x, y, x_group, y_group = (dim_zero_cat(getattr(self, name)) for name in ("x", "y", "x_group", "y_group"))
-        ranks = set_rank(x, y, x_group=x_group, y_group=y_group, alpha=self.alpha)
+        ranks = set_rank(x, y, x_group=x_group, y_group=y_group, **self.similarity)
         found: dict[str, Tensor] = {}
         for direction, rank in (("x_to_y", ranks.x), ("y_to_x", ranks.y)):
             for k in self.ks:

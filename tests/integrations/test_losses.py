@@ -27,6 +27,17 @@ MASKS = {"x_mask": flags(6, 4), "y_mask": flags(8, 3)}
         ),
         (SetInfoNCELoss(), set_infonce_loss, {}),
         (SetInfoNCELoss(0.1, False, 8.0), set_infonce_loss, {"temperature": 0.1, "symmetric": False, "alpha": 8.0}),
+        (SetTripletLoss(kind="max"), set_triplet_loss, {"kind": "max"}),
+        (
+            SetInfoNCELoss(0.2, kind="maxsim", reduction="mean"),
+            set_infonce_loss,
+            {"temperature": 0.2, "kind": "maxsim", "reduction": "mean"},
+        ),
+        (
+            SetSigmoidLoss(alpha=5.0, kind="match_probability", match_bias=-1.0).double(),
+            set_sigmoid_loss,
+            {"alpha": 5.0, "kind": "match_probability", "match_bias": -1.0},
+        ),
         (SetSigmoidLoss().double(), set_sigmoid_loss, {}),
         (SetSigmoidLoss(3.0, -2.0, 8.0).double(), set_sigmoid_loss, {"scale": 3.0, "bias": -2.0, "alpha": 8.0}),
     ],
@@ -58,6 +69,13 @@ def test_wrong_starts_are_refused(make: Any) -> None:
     for value in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=r"(temperature|scale): expected a finite number > 0"):
             make(value)
+
+
+def test_a_wrong_similarity_is_said_at_once() -> None:
+    with pytest.raises(ValueError, match="kind: expected one of"):
+        SetTripletLoss(kind="nearest")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reduction: expected 'sum' for chamfer"):
+        SetInfoNCELoss(kind="chamfer", reduction="mean")
 
 
 def test_metric_learning_call() -> None:

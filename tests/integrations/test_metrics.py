@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("torchmetrics")
 
 from setemb.evaluation import evaluate_retrieval
-from setemb_kernels import set_topk
+from setemb_kernels import set_rank, set_topk
 from setemb_kernels.integrations.losses import SetInfoNCELoss
 from setemb_kernels.integrations.metrics import SetRetrieval, run_dictionaries
 from tests.integrations.same import sets
@@ -34,6 +34,15 @@ def test_the_numbers_of_evaluation() -> None:
     metric.reset()
     metric.update(X, X)
     assert metric.compute()["rsum"] == 600
+
+
+def test_another_similarity() -> None:
+    metric = SetRetrieval(ks=(1,), kind="maxsim", reduction="mean")
+    metric.update(X, Y, X_GROUP, Y_GROUP)
+    ranks = set_rank(X, Y, x_group=X_GROUP, y_group=Y_GROUP, kind="maxsim", reduction="mean")
+    assert metric.compute()["x_to_y_mean_rank"] == 1 + ranks.x.float().mean()
+    with pytest.raises(ValueError, match="kind: expected one of"):
+        SetRetrieval(kind="nearest")  # type: ignore[arg-type]
 
 
 def test_pairs_of_each_update() -> None:

@@ -202,11 +202,13 @@ def paired_backward(
     w, by_alpha, by_bias = _weights(t, _sharpness(alpha, bias, x), kind, mean)
     g = torch.where(t.present, grad[:, None].to(w.dtype), 0)
     w = (w * g[..., None, None]).squeeze(1)
-    sums = [torch.where(t.present, part.double() * g.double(), 0).sum() for part in (by_alpha, by_bias)]
+    total_alpha, total_bias = (
+        torch.where(t.present, part.double() * g.double(), 0).sum() for part in (by_alpha, by_bias)
+    )
     return (
         torch.bmm(w, t.y.vectors).to(x.dtype) if need_x else x.new_empty(0),
         torch.bmm(w.transpose(1, 2), t.x.vectors).to(y.dtype) if need_y else y.new_empty(0),
-        *_scalar_gradients(*sums, alpha, bias, kind, need_alpha, need_bias),
+        *_scalar_gradients(total_alpha, total_bias, alpha, bias, kind, need_alpha, need_bias),
     )
 
 
