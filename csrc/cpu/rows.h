@@ -77,6 +77,14 @@ inline Vec<T> sums_of_lanes(Vec<T>* v) {
   }
 }
 
+// Of the bits of float8_t; see to_float.
+inline Vec<float> from_float8(Vec<int32_t> v) {
+  const Vec<int32_t> magnitude = v & 0x7f, sign = (v & 0x80) << 24;
+  const Vec<float> f = reinterpret_cast<Vec<float>>(magnitude << 20) * 0x1p120f;
+  const Vec<int32_t> bits = magnitude == 0x7f ? splat<int32_t>(0x7fc00000) : reinterpret_cast<Vec<int32_t>>(f);
+  return reinterpret_cast<Vec<float>>(bits | sign);
+}
+
 // kLanes<T> values of another type as T. (GCC's own conversion of vectors goes through scalars here.)
 template <class T, class B>
 inline Vec<T> load_as(const B* p) {
@@ -87,6 +95,8 @@ inline Vec<T> load_as(const B* p) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<B, int8_t>) {
       return (Vec<T>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    } else if constexpr (std::is_same_v<B, float8_t>) {
+      return from_float8((Vec<int32_t>)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     } else {
       const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
       if constexpr (std::is_same_v<B, float16_t>) return (Vec<T>)_mm512_cvtph_ps(bits);
@@ -95,6 +105,8 @@ inline Vec<T> load_as(const B* p) {
 #elif defined(__AVX2__)
     if constexpr (std::is_same_v<B, int8_t>) {
       return (Vec<T>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    } else if constexpr (std::is_same_v<B, float8_t>) {
+      return from_float8((Vec<int32_t>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     } else {
       const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
       if constexpr (std::is_same_v<B, float16_t>) return (Vec<T>)_mm256_cvtph_ps(bits);

@@ -537,12 +537,14 @@ void set_similarity_forward(DType dtype, const SimilarityProblem& problem, void*
   });
 }
 
-void set_similarity_of_codes(const SimilarityProblem& problem, float* out) {
+void set_similarity_of_codes(const SimilarityProblem& problem, bool x_is_int8, Code y, float* out) {
+  if (y == Code::kFloat8) return forward_as<float8_t, CodeScores<float8_t, Plain<float>, float>>(problem, out);
+  if (!x_is_int8) return forward_as<int8_t, CodeScores<int8_t, Plain<float>, float>>(problem, out);
 #if defined(__AVX512VNNI__)
   if (__builtin_cpu_supports("avx512vnni") && problem.features <= Int8Quads::most_features)
-    return forward_as<int8_t, CodeScores<Int8Quads>>(problem, out);
+    return forward_as<int8_t, CodeScores<int8_t, Int8Quads>>(problem, out);
 #endif
-  forward_as<int8_t, CodeScores<Plain<float>>>(problem, out);
+  forward_as<int8_t, CodeScores<int8_t, Plain<float>>>(problem, out);
 }
 
 void set_similarity_backward(DType dtype, const SimilarityProblem& problem, const void* grad, bool wide,

@@ -41,8 +41,9 @@ struct SimilarityGradients {
 
 // out and grad are contiguous [x.sets, choices], of dtype or, if `wide`, of what sums are accumulated in.
 void set_similarity_forward(DType dtype, const SimilarityProblem& problem, void* out, bool wide);
-// Both sides are int8, out float.
-void set_similarity_of_codes(const SimilarityProblem& problem, float* out);
+// Sets of y are codes, those of x float, or int8 like those of y. out is float.
+enum class Code { kInt8, kFloat8 };
+void set_similarity_of_codes(const SimilarityProblem& problem, bool x_is_int8, Code y, float* out);
 void set_similarity_backward(DType dtype, const SimilarityProblem& problem, const void* grad, bool wide,
                              const SimilarityGradients& out);
 

@@ -1,12 +1,13 @@
-// Scores of int8 codes with scales: those of set_similarity_scores.h, times the scale of each vector.
+// Scores next to codes with scales: those of set_similarity_scores.h, times the scale of each vector.
 #pragma once
 
 #include "set_similarity_scores.h"
 
 namespace setemb {
 
-// P: Int8Quads where the processor has products of int8, else Plain<float>.
-template <class P>
+// Y: the codes of y; X: those of x, or float. P: Int8Quads where both are int8 and the processor has products of them,
+// else Plain<float>.
+template <class Y, class P, class X = Y>
 class CodeScores {
   using Sum = typename P::Acc;
 
@@ -19,8 +20,7 @@ class CodeScores {
   int64_t rows() const { return sums_.rows(); }
   int64_t ld() const { return sums_.ld(); }
   float* tile() const { return reinterpret_cast<float*>(sums_.tile()); }
-  const int8_t* x_row(int64_t r) const { return sums_.x_row(r); }
-  const int8_t* y_row(int64_t r) const { return sums_.y_row(r); }
+  const Y* y_row(int64_t r) const { return sums_.y_row(r); }
 
   void select(const ColumnGroup<float>& g) {
     sums_.select(g);
@@ -46,7 +46,7 @@ class CodeScores {
   }
 
  private:
-  SetScores<int8_t, P> sums_;
+  SetScores<Y, P, X> sums_;
   const int64_t features_;
   const float *const x_scale_, *const y_scale_;
   int64_t columns_ = 0;

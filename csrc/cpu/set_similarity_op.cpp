@@ -100,8 +100,11 @@ Tensor set_similarity_codes(const Tensor& x, const std::optional<Tensor>& x_scal
                             const std::optional<Tensor>& candidates, const Tensor& alpha, const Tensor& bias,
                             std::string kind, bool mean) {
   SimilarityArguments args(x, x_offsets, y, y_offsets, candidates, alpha, bias, kind, mean);
-  if (x.scalar_type() != ScalarType::Char || y.scalar_type() != ScalarType::Char)
-    throw std::invalid_argument("x, y: expected int8");
+  const bool x_is_int8 = x.scalar_type() == ScalarType::Char, y_is_int8 = y.scalar_type() == ScalarType::Char;
+  if (!y_is_int8 && y.scalar_type() != ScalarType::Float8_e4m3fn)
+    throw std::invalid_argument("y: expected int8 or float8_e4m3fn");
+  if (!(x_is_int8 && y_is_int8) && x.scalar_type() != ScalarType::Float)
+    throw std::invalid_argument("x: expected float32, or int8 next to int8");
   const auto scale = [](const char* name, const std::optional<Tensor>& t, int64_t rows) -> std::optional<Tensor> {
     if (!t.has_value()) return std::nullopt;
     if (t->scalar_type() != ScalarType::Float || t->dim() != 1 || t->size(0) != rows)
@@ -112,7 +115,10 @@ Tensor set_similarity_codes(const Tensor& x, const std::optional<Tensor>& x_scal
   if (xs.has_value()) args.problem.x_scale = static_cast<const float*>(xs->data_ptr());
   if (ys.has_value()) args.problem.y_scale = static_cast<const float*>(ys->data_ptr());
   Tensor out = torch::stable::new_empty(x, {args.problem.x.sets, args.problem.choices}, ScalarType::Float);
-  if (out.numel() > 0) set_similarity_of_codes(args.problem, static_cast<float*>(out.mutable_data_ptr()));
+  if (out.numel() > 0) {
+    const Code code = y_is_int8 ? Code::kInt8 : Code::kFloat8;
+    set_similarity_of_codes(args.problem, x_is_int8, code, static_cast<float*>(out.mutable_data_ptr()));
+  }
   return out;
 }
 

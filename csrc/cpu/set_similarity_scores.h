@@ -16,7 +16,8 @@
 
 namespace setemb {
 
-template <class In, class P>
+// In: of y; X: of x.
+template <class In, class P, class X = In>
 class SetScores {
  public:
   using Value = typename P::Acc;
@@ -34,7 +35,7 @@ class SetScores {
   int64_t ld() const { return ld_; }
   T* tile() const { return tile_.get(); }
 
-  const In* x_row(int64_t r) const { return static_cast<const In*>(x_.data) + r * x_.stride; }
+  const X* x_row(int64_t r) const { return static_cast<const X*>(x_.data) + r * x_.stride; }
   const In* y_row(int64_t r) const { return static_cast<const In*>(y_.data) + r * y_.stride; }
 
   // Packs the columns of a group.
@@ -50,11 +51,11 @@ class SetScores {
     few_ = few_allowed_ && dots_pay();
     if (few_) {
       const int64_t count = round_up(columns_, kRowPadding);
-      if constexpr (!std::is_same_v<In, T>) reserve(packed_, packed_size_, columns_ * D_);
+      if constexpr (!std::is_same_v<X, T>) reserve(packed_, packed_size_, columns_ * D_);
       few_rows_.resize(count);
       for (int64_t c = 0; c < count; ++c) {
         const int64_t from = std::min(c, columns_ - 1);
-        if constexpr (std::is_same_v<In, T>) {
+        if constexpr (std::is_same_v<X, T>) {
           few_rows_[c] = pointers_[from];
         } else if constexpr (P::group == 1) {
           few_rows_[c] = packed_.get() + from * D_;
@@ -129,7 +130,8 @@ class SetScores {
                                 c_.data() + from * kMicroRows, false);
   }
 
-  void decode(const In* row, T* out) const {
+  template <class B>
+  void decode(const B* row, T* out) const {
     int64_t d = 0;
     for (; d + kLanes<T> <= D_; d += kLanes<T>) store(out + d, load_as<T>(row + d));
     for (; d < D_; ++d) out[d] = to_float(row[d]);
@@ -196,7 +198,7 @@ class SetScores {
   int64_t tile_size_ = 0, packed_size_ = 0, staged_size_ = 0;
   Buffer<T> tile_;
   Buffer<E> packed_, staged_;
-  std::vector<const In*> pointers_;
+  std::vector<const X*> pointers_;
   std::vector<const T*> few_rows_, y_rows_;
   std::vector<T*> c_;
 };

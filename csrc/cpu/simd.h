@@ -177,6 +177,11 @@ struct float16_t {
   uint16_t bits;
 };
 
+// 8 bits: a sign, four of exponent, three of mantissa; no infinity (torch's float8_e4m3fn)
+struct float8_t {
+  uint8_t bits;
+};
+
 inline float to_float(float v) { return v; }
 inline float to_float(int8_t v) { return v; }
 inline double to_float(double v) { return v; }
@@ -184,6 +189,19 @@ inline double to_float(double v) { return v; }
 inline float to_float(bfloat16_t v) {
   const uint32_t bits = uint32_t{v.bits} << 16;
   float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Shifted into place the exponent is 120 too small; multiplying repairs it, for subnormal numbers too.
+inline float to_float(float8_t v) {
+  const uint32_t sign = uint32_t{v.bits & 0x80u} << 24, magnitude = v.bits & 0x7fu;
+  uint32_t bits = magnitude << 20;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  f *= 0x1p120f;
+  std::memcpy(&bits, &f, 4);
+  bits = (magnitude == 0x7fu ? 0x7fc00000u : bits) | sign;
   std::memcpy(&f, &bits, 4);
   return f;
 }

@@ -2,8 +2,8 @@
 
 A vector is its codes times its scale, so that a score is ``x_scale y_scale sum_d x_d y_d``. Where both sides are codes
 of one type the sums are made of the codes themselves: of int8 by the processor's own products of int8
-(``csrc/cpu/set_similarity_codes.h``), of int8 and float8 by a GPU's (`triton`). Else codes are decoded, of y a part at
-a time, and go through ``setemb::set_similarity``.
+(``csrc/cpu/set_similarity_codes.h``), of int8 and float8 by a GPU's (`triton`). Next to x of float32 the CPU's kernel
+decodes y as it reads it. Else codes are decoded, of y a part at a time, and go through ``setemb::set_similarity``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ FLOAT8_CAPABILITY = (8, 9)
 """Of a GPU that multiplies float8."""
 
 define(
-    FORWARD,  # x, y: packed rows of codes, of one dtype; scales float32 [rows]; alpha, bias, kind, mean as in the op
+    # y: packed rows of codes, x likewise of one dtype with y, or (on the CPU) of float32; scales float32 [rows]; the
+    # rest as in the op
+    FORWARD,
     "(Tensor x, Tensor? x_scale, Tensor x_offsets, Tensor y, Tensor? y_scale, Tensor y_offsets, Tensor? candidates,"
     " Tensor alpha, Tensor bias, str kind, bool mean) -> Tensor",
 )
@@ -40,15 +42,19 @@ def similarity(
     mean: bool,
 ) -> Tensor:
     """The similarity ``[N, M]`` or ``[N, C]`` in float32, or in float64 where one side is of that."""
-    floating = [s.rows.dtype for s in (xs, ys) if s.rows.dtype not in CODES]
-    dtype = reference.accumulate_dtype(floating[0]) if floating else torch.float32
-    if xs.rows.dtype == ys.rows.dtype and _has_products(xs.rows):
-        scales = (None if s.scale is None else s.scale.float() for s in (xs, ys))
-        result: Tensor = torch.ops.setemb.set_similarity_codes(
-            xs.rows, next(scales), xs.offsets, ys.rows, next(scales), ys.offsets, candidates, alpha, bias, kind, mean
-        )
-        return result
-    return _decoded(xs.decoded(dtype), ys, candidates, alpha, bias, kind, mean)
+    both = (xs.rows.dtype, ys.rows.dtype)
+    dtype = torch.float64 if torch.float64 in both else torch.float32
+    if ys.rows.dtype not in CODES or dtype == torch.float64:
+        return _decoded(xs.decoded(dtype), ys, candidates, alpha, bias, kind, mean)
+    if both[0] != both[1] or not _has_products(xs.rows):
+        xs = xs.decoded(dtype)
+        if xs.rows.device.type != "cpu":
+            return _decoded(xs, ys, candidates, alpha, bias, kind, mean)
+    scales = (None if s.scale is None else s.scale.float() for s in (xs, ys))
+    result: Tensor = torch.ops.setemb.set_similarity_codes(
+        xs.rows, next(scales), xs.offsets, ys.rows, next(scales), ys.offsets, candidates, alpha, bias, kind, mean
+    )
+    return result
 
 
 def _has_products(x: Tensor) -> bool:

@@ -56,11 +56,29 @@ def test_reference(case: Case, kind: str) -> None:
 def test_one_side_or_both(
     kind: str, name: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where y is decoded a few sets at a time."""
+    """Also where no kernel serves, and y goes a few sets at a time."""
     case = next(c for c in CASES if c.name == name)
     check(run, case, kind, *dtypes)
     monkeypatch.setattr(op, "PART_ELEMENTS", 3000)
     check(run, case, kind, *dtypes)
+
+
+@pytest.mark.parametrize(("case", "kind"), TABLE)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_y_alone(case: Case, kind: str, dtype: torch.dtype) -> None:
+    """Decoded as it is read."""
+    check(run, case, kind, torch.float32, dtype)
+
+
+def test_every_float8_is_decoded() -> None:
+    """Each of the 256, in vectors and in what is left beside them; NaN reaches its own set alone."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for width in (1, 16, 21):
+        rows = values[:, None].expand(256, width)
+        last = torch.zeros(1, width)
+        last[0, -1] = 1
+        s = set_similarity(last.view(1, 1, width), rows.contiguous().view(256, 1, width), "max")
+        torch.testing.assert_close(s[0], values.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
