@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from setemb_kernels._library import define
-from setemb_kernels.ops.set_similarity import reference
 from setemb_kernels.ops.set_similarity.layout import CODES, PackedSets
 
 FORWARD = "setemb::set_similarity_codes"
