@@ -6,8 +6,8 @@ Scores are float32 (float64 of float64), of inputs in their own type; there floa
 document or query without tokens scores 0. How work is cut (``query_chunk_size``, ``splitk``, ``pad_lq``,
 ``grid_factor``) and longest lengths are not for the caller to say: they are there to be given, and make no difference.
 
-What is not here: int8 (`setemb_kernels.set_topk` searches int8 galleries), and the Chamfer distance of points, which is
-a Euclidean one; ``set_similarity(x, y, "chamfer")`` is that of dot products.
+What is not here: int8 with an offset (affine), training with int8, and the Chamfer distance of points, which is a
+Euclidean one; ``set_similarity(x, y, "chamfer")`` is that of dot products.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from torch import Tensor
 
 from setemb_kernels.integrations import _sets
 from setemb_kernels.integrations.late_interaction_kernels import _valid, _wide, maxsim, maxsim_pairs
+from setemb_kernels.ops.set_similarity.op import set_similarity
 
 __all__ = [
     "flash_maxsim",
     "flash_maxsim_batched",
     "flash_maxsim_batched_train",
+    "flash_maxsim_int8_symmetric",
+    "flash_maxsim_int8x8",
     "flash_maxsim_packed",
     "flash_maxsim_pairs",
     "flash_maxsim_pairs_dense",
@@ -36,6 +39,8 @@ __all__ = [
     "flash_maxsim_varlen",
     "pack_docs",
     "pack_pairs",
+    "quantize_int8_symmetric",
+    "quantize_query_int8",
 ]
 
 
@@ -167,6 +172,57 @@ def flash_maxsim_topk(
     """Scores and indices of the k best of ``[B, Ld, d]`` for one query: exact, so candidates and int8 are not used."""
     found = flash_maxsim(Q, D, doc_lengths).topk(k)
     return found.values, found.indices
+
+
+def quantize_int8_symmetric(D: Tensor) -> tuple[Tensor, Tensor]:
+    """Documents ``[B, Ld, d]`` as int8 and the scale ``[B, Ld, 1]`` of each token, float16."""
+    scale = D.abs().amax(-1, keepdim=True).float().clamp(min=1e-8) / 127
+    return (D / scale.to(D.dtype)).round().clamp(-127, 127).to(torch.int8), scale.half()
+
+
+def quantize_query_int8(Q: Tensor) -> tuple[Tensor, Tensor]:
+    """A query ``[Lq, d]`` as int8 and the scale ``[Lq]`` of each token, float16."""
+    largest = Q.float().abs().amax(-1, keepdim=True).clamp(min=1e-8)
+    return (Q.float() / largest * 127).round().clamp(-127, 127).to(torch.int8), (largest / 127).half().squeeze(-1)
+
+
+def flash_maxsim_int8_symmetric(
+    Q: Tensor, D_int8: Tensor, scales: Tensor, doc_lengths: Tensor | None = None, query_chunk_size: int | None = 128
+) -> Tensor:
+    """One query ``[Lq, d]`` with documents of int8 and their scales ``[B, Ld]`` or ``[B, Ld, 1]``, to ``[B]``."""
+    return _codes(Q, None, D_int8, scales, doc_lengths)
+
+
+def flash_maxsim_int8x8(
+    Q: Tensor | None,
+    D_int8: Tensor,
+    d_scales: Tensor,
+    Q_int8: Tensor | None = None,
+    q_scales: Tensor | None = None,
+    doc_lengths: Tensor | None = None,
+    query_chunk_size: int | None = 128,
+) -> Tensor:
+    """The same with the query in int8 too: ``Q_int8`` and ``q_scales``, or made of Q."""
+    if Q_int8 is None or q_scales is None:
+        if Q is None:
+            raise ValueError("Q: expected the query [Lq, d], or Q_int8 and q_scales, got None")
+        Q_int8, q_scales = quantize_query_int8(Q)
+    return _codes(Q_int8, q_scales, D_int8, d_scales, doc_lengths)
+
+
+def _codes(
+    query: Tensor, query_scale: Tensor | None, documents: Tensor, scale: Tensor, lengths: Tensor | None
+) -> Tensor:
+    """The package knows no gradient here."""
+    with torch.no_grad():
+        return set_similarity(
+            query[None],
+            documents,
+            "maxsim",
+            x_scale=None if query_scale is None else query_scale[None],
+            y_scale=scale.view(documents.shape[:2]),
+            y_mask=_mask(lengths, documents),
+        )[0]
 
 
 def pack_docs(d_embs: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:

@@ -168,6 +168,31 @@ def test_flash_maxsim() -> None:
         flash.flash_maxsim(Q[0], rows)
 
 
+def test_flash_maxsim_of_int8() -> None:
+    package = pytest.importorskip("flash_maxsim")
+    q, d, lengths = Q[0].float(), D.float(), torch.tensor([9, 1, 4, 0, 7, 2, 3])
+    for sets_, ours, theirs in (
+        (d, flash.quantize_int8_symmetric, package.quantize_int8_symmetric),
+        (q, flash.quantize_query_int8, package.quantize_query_int8),
+    ):
+        for a, b in zip(ours(sets_), theirs(sets_), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+    (d8, d_scale), (q8, q_scale) = flash.quantize_int8_symmetric(d), flash.quantize_query_int8(q)
+    front = torch.arange(9) < lengths[:, None]
+    decoded, query = d8.double() * d_scale.double(), q8.double() * q_scale.double()[:, None]
+    theirs = plain(q.double()[None], decoded, None, front)[0].float()
+    ours = flash.flash_maxsim_int8_symmetric(q.requires_grad_(), d8, d_scale, lengths)
+    torch.testing.assert_close(ours, theirs)
+    theirs = plain(query[None], decoded, None, front)[0].float()
+    for ours in (
+        flash.flash_maxsim_int8x8(q, d8, d_scale, doc_lengths=lengths),
+        flash.flash_maxsim_int8x8(None, d8, d_scale[..., 0], q8, q_scale, lengths, 64),
+    ):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="Q: expected the query"):
+        flash.flash_maxsim_int8x8(None, d8, d_scale)
+
+
 def test_flash_maxsim_pairs() -> None:
     theirs = plain(Q, D[:5]).diagonal()
     torch.testing.assert_close(flash.flash_maxsim_pairs(Q, D[:5]), theirs, **EXACT)
