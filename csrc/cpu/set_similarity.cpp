@@ -15,6 +15,8 @@
 namespace setemb {
 namespace {
 
+constexpr int64_t kSlots = 32;  // candidates in a task
+
 template <class In, class Scores, class Out>
 void forward_as(const SimilarityProblem& p, Out* out) {
   const int64_t N = p.x.sets;
@@ -24,10 +26,13 @@ void forward_as(const SimilarityProblem& p, Out* out) {
   }
   auto threads_work = workers<In, Scores>(p, false);
   if (p.candidates != nullptr) {
-    run_tasks(N, [&](int64_t i, int64_t worker) {
+    // a query that reranks many sets is work for several threads
+    const int64_t parts = div_up(p.choices, kSlots);
+    run_tasks(N * parts, [&](int64_t task, int64_t worker) {
       Worker<In, Scores>& w = threads_work[worker];
+      const int64_t i = task / parts, first = task % parts * kSlots;
       w.select({i, i + 1});
-      for (int64_t slot = 0; slot < p.choices; ++slot) {
+      for (int64_t slot = first; slot < std::min(first + kSlots, p.choices); ++slot) {
         const int64_t j = p.candidates[i * p.choices + slot];
         if (j >= 0) w.forward({j, j + 1}, slot, out);
       }

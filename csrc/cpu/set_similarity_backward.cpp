@@ -11,13 +11,19 @@
 namespace setemb {
 namespace {
 
-// out += w row
-template <class T, class In>
+// out += w row, or = w row
+template <bool kFirst, class T, class In>
 void add_row(T* __restrict out, T w, const In* __restrict row, int64_t features) {
   constexpr int64_t lanes = kLanes<T>;
   int64_t d = 0;
-  for (; d + lanes <= features; d += lanes) store(out + d, load(out + d) + w * load_as<T>(row + d));
-  for (; d < features; ++d) out[d] += w * static_cast<T>(to_float(row[d]));
+  for (; d + lanes <= features; d += lanes) {
+    const Vec<T> v = w * load_as<T>(row + d);
+    store(out + d, kFirst ? v : load(out + d) + v);
+  }
+  for (; d < features; ++d) {
+    const T v = w * static_cast<T>(to_float(row[d]));
+    out[d] = kFirst ? v : out[d] + v;
+  }
 }
 
 // Sums of many rows that are chosen one at a time. Each is made of parts of eight, so that rounding does not grow with
@@ -26,13 +32,13 @@ template <class T>
 class SumInParts {
  public:
   SumInParts(T* total, int64_t rows, int64_t features)
-      : total_(total), features_(features), part_(rows * features), count_(rows, 0) {
-    std::fill_n(part_.get(), rows * features, T(0));
-  }
+      : total_(total), features_(features), part_(rows * features), count_(rows, 0) {}
 
   template <class In>
   void add(int64_t row, T w, const In* values) {
-    add_row(part_.get() + row * features_, w, values, features_);
+    T* const part = part_.get() + row * features_;
+    // most rows get few, so the first is written rather than added to zeros
+    count_[row] == 0 ? add_row<true>(part, w, values, features_) : add_row<false>(part, w, values, features_);
     if (++count_[row] == 8) flush(row);
   }
 
@@ -45,8 +51,7 @@ class SumInParts {
  private:
   void flush(int64_t row) {
     T* const part = part_.get() + row * features_;
-    add_row(total_ + row * features_, T(1), part, features_);
-    std::fill_n(part, features_, T(0));
+    add_row<false>(total_ + row * features_, T(1), part, features_);
     count_[row] = 0;
   }
 
@@ -86,6 +91,8 @@ class Backward {
 
   void run() {
     const bool sums = out_.alpha != nullptr || out_.bias != nullptr;
+    zero_beyond(p_.x, out_.x);
+    zero_beyond(p_.y, out_.y);
     const bool by_y = out_.y != nullptr, by_x = out_.x != nullptr || (sums && !hard_ && !by_y);
     if (hard_ && !by_x && !by_y) return;
     if (by_x) owned_by_x(sums);
@@ -100,6 +107,12 @@ class Backward {
  private:
   static bool is_hard(SimilarityKind kind) {
     return kind == SimilarityKind::kChamfer || kind == SimilarityKind::kMaxSim || kind == SimilarityKind::kMax;
+  }
+
+  // Rows that belong to no set.
+  void zero_beyond(const PackedSets& sets, void* out) const {
+    const int64_t used = sets.offsets[sets.sets] * p_.features;
+    if (out != nullptr) std::fill_n(static_cast<In*>(out) + used, sets.rows * p_.features - used, In{});
   }
 
   double gradient(int64_t i, int64_t slot) const {
@@ -128,11 +141,8 @@ class Backward {
 
   void owned_by_x(bool sums) {
     const std::vector<Run> groups = p_.candidates != nullptr ? runs_of(p_.x, -1) : runs_of(p_.x, group_columns());
-    if (p_.candidates == nullptr && hard_ && p_.kind == SimilarityKind::kMaxSim && out_.y != nullptr &&
-        worth_keeping(p_.y.sets * p_.x.rows)) {
-      kept_ = Buffer<int32_t>(p_.y.sets * p_.x.rows);
-      keeps_ = true;
-    }
+    keeps_ = p_.kind == SimilarityKind::kMaxSim && out_.y != nullptr && worth_keeping(p_.choices * p_.x.rows);
+    if (keeps_) kept_ = Buffer<int32_t>(p_.choices * p_.x.rows);
     summed_tasks(groups.size(), sums, [&](int64_t task, Worker<In, Scores>& w) {
       w.select(groups[task]);
       const int64_t columns = w.group().columns, row = w.group().row;
@@ -150,7 +160,7 @@ class Backward {
             parts.add(column - row, weight, w.y_row(y_row));
             if (keeps_) {  // sets come one after the other
               while (offsets[j + 1] <= y_row) ++j;
-              kept_.get()[j * p_.x.rows + column] = static_cast<int32_t>(y_row - offsets[j]);
+              kept_.get()[(slot >= 0 ? slot : j) * p_.x.rows + column] = static_cast<int32_t>(y_row - offsets[j]);
             }
           });
         } else {
@@ -184,16 +194,25 @@ class Backward {
       if (count == 0) return;
       Buffer<T> own;
       T* const sum = sums_of(out_.y, top, count, own);
-      SumInParts<T> parts(sum, hard_ && !keeps_ ? count : 0, p_.features);
-      if (keeps_) {
-        add_kept(run, w, sum);
+      SumInParts<T> parts(sum, hard_ && !(keeps_ && all) ? count : 0, p_.features);
+      if (keeps_ && all) {
+        for (int64_t j = run.first; j < run.last; ++j) {
+          SumInParts<T> kept(sum + (p_.y.offsets[j] - top) * p_.features, p_.y.offsets[j + 1] - p_.y.offsets[j],
+                             p_.features);
+          for (int64_t i = 0; p_.y.offsets[j] != p_.y.offsets[j + 1] && i < p_.x.sets; ++i) add_kept(i, j, w, kept);
+          kept.flush();
+        }
       } else if (all) {
         for (const Run group : groups) meet_y(group, run, -1, sums, w, sum, parts);
       } else {
         const int64_t j = run.first;
         for (int64_t n = holders.begin[j]; n < holders.begin[j + 1]; ++n) {
-          const int64_t i = holders.places[n] / p_.choices;
-          meet_y({i, i + 1}, run, holders.places[n] % p_.choices, sums, w, sum, parts);
+          const int64_t i = holders.places[n] / p_.choices, slot = holders.places[n] % p_.choices;
+          if (keeps_) {
+            add_kept(i, slot, w, parts);
+          } else {
+            meet_y({i, i + 1}, run, slot, sums, w, sum, parts);
+          }
         }
       }
       parts.flush();
@@ -216,32 +235,26 @@ class Backward {
     }
   }
 
-  // dY of maxsim from the places that were kept.
-  void add_kept(Run run, Worker<In, Scores>& w, T* sum) {
-    const int64_t top = p_.y.offsets[run.first];
-    for (int64_t j = run.first; j < run.last; ++j) {
-      if (p_.y.offsets[j] == p_.y.offsets[j + 1]) continue;
-      const int32_t* const places = kept_.get() + j * p_.x.rows;
-      SumInParts<T> parts(sum + (p_.y.offsets[j] - top) * p_.features, p_.y.offsets[j + 1] - p_.y.offsets[j],
-                          p_.features);
-      for (int64_t i = 0; i < p_.x.sets; ++i) {
-        const int64_t count = p_.x.offsets[i + 1] - p_.x.offsets[i];
-        if (count == 0) continue;
-        const double g = gradient(i, j);
-        const T weight = static_cast<T>(p_.mean ? g / static_cast<double>(count) : g);
-        for (int64_t k = p_.x.offsets[i]; k < p_.x.offsets[i + 1]; ++k) parts.add(places[k], weight, w.x_row(k));
-      }
-      parts.flush();
-    }
+  // What set i of x gives its set of y in a place, of maxsim, from where the maxima were.
+  void add_kept(int64_t i, int64_t slot, const Worker<In, Scores>& w, SumInParts<T>& parts) {
+    const int64_t begin = p_.x.offsets[i], end = p_.x.offsets[i + 1];
+    if (begin == end) return;
+    const double g = gradient(i, slot);
+    const T weight = static_cast<T>(p_.mean ? g / static_cast<double>(end - begin) : g);
+    const int32_t* const places = kept_.get() + slot * p_.x.rows;
+    for (int64_t k = begin; k < end; ++k) parts.add(places[k], weight, w.x_row(k));
   }
 
   // Columns in a group, so that there are enough of them for several threads.
   int64_t group_columns() const { return std::clamp<int64_t>(p_.x.rows / 16, 32, kGroupColumns); }
 
-  // Zeros to add up rows of a gradient in: in place, or where its type is narrower in memory of their own.
+  // Zeros to add up rows of a gradient in: in place, or where its type is narrower in memory of their own. Its task
+  // makes them, just before it adds.
   T* sums_of(void* out, int64_t row, int64_t count, Buffer<T>& own) const {
     if constexpr (std::is_same_v<In, T>) {
-      return static_cast<T*>(out) + row * p_.features;
+      T* const sum = static_cast<T*>(out) + row * p_.features;
+      std::fill_n(sum, count * p_.features, T(0));
+      return sum;
     } else {
       own = Buffer<T>(count * p_.features);
       std::fill_n(own.get(), count * p_.features, T(0));
@@ -262,7 +275,7 @@ class Backward {
   const SimilarityGradients out_;
   const bool hard_;
   std::vector<Worker<In, Scores>> workers_;
-  Buffer<int32_t> kept_;  // of maxsim: [set of y][vector of x], which vector of the set is the most similar
+  Buffer<int32_t> kept_;  // of maxsim: [choice][vector of x], which vector of that set of y is the largest
   bool keeps_ = false;
   double entropy_ = 0, by_bias_ = 0;
 };
