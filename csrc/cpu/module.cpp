@@ -13,6 +13,7 @@ void register_ops() {
   register_smooth_chamfer(library);
   register_slot_attention(library);
   register_set_similarity(library);
+  register_gather_rows(library);
 }
 
 pybind11::dict build_info() {

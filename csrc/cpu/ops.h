@@ -13,6 +13,7 @@ using torch::stable::detail::StableLibrary;
 void register_smooth_chamfer(StableLibrary& library);
 void register_slot_attention(StableLibrary& library);
 void register_set_similarity(StableLibrary& library);
+void register_gather_rows(StableLibrary& library);
 
 // What values of a type are accumulated in.
 inline ScalarType accumulated_in(ScalarType type) {

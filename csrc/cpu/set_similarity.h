@@ -30,8 +30,8 @@ struct SimilarityProblem {
   const float *x_scale, *y_scale;  // of codes: [rows], what each vector is times; null: 1
 };
 
-// What the backward pass writes: contiguous [rows, features], or null where not needed. alpha and bias are sums of
-// gradient times derivative.
+// What the backward pass writes, all of it: contiguous [rows, features], or null where not needed. alpha and bias are
+// sums of gradient times derivative.
 struct SimilarityGradients {
   void* x;
   void* y;

@@ -128,13 +128,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> set_similarity_backward_(
     bool need_x, bool need_y, bool need_alpha, bool need_bias) {
   const SimilarityArguments args(x, x_offsets, y, y_offsets, candidates, alpha, bias, kind, mean);
   const Tensor grad = torch::stable::contiguous(grad_in);
+  const bool some = grad.numel() > 0;  // then the kernel writes all rows
   const auto gradient = [&](const Tensor& of, bool need) {
-    return need ? torch::stable::new_zeros(of, of.sizes()) : torch::stable::new_empty(of, {0});
+    if (!need) return torch::stable::new_empty(of, {0});
+    return some ? torch::stable::new_empty(of, of.sizes()) : torch::stable::new_zeros(of, of.sizes());
   };
   Tensor grad_x = gradient(x, need_x), grad_y = gradient(y, need_y), grad_alpha = gradient(alpha, need_alpha),
          grad_bias = gradient(bias, need_bias);
   double alpha_sum = 0, bias_sum = 0;
-  if (grad.numel() > 0) {
+  if (some) {
     const SimilarityGradients out = {need_x ? grad_x.mutable_data_ptr() : nullptr,
                                      need_y ? grad_y.mutable_data_ptr() : nullptr, need_alpha ? &alpha_sum : nullptr,
                                      need_bias ? &bias_sum : nullptr};

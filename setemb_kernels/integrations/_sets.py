@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from setemb_kernels.ops import gather_rows
 from setemb_kernels.ops.set_similarity.op import Kind, set_similarity
 
 
@@ -37,11 +38,23 @@ def only(sets: Tensor, keep: Tensor | None, weights: Tensor | None = None) -> Se
         weights = weights.to(sets.dtype)
     if keep is None or bool(keep.all()):
         return Sets(sets if weights is None else sets * weights[..., None])
-    where = keep.flatten().nonzero()[:, 0]
-    rows = sets.flatten(0, 1).index_select(0, where)
+    offsets = functional.pad(keep.sum(1).cumsum(0), (1, 0))
+    flat = sets.flatten(0, 1)
+    if gather_rows.pays(keep):
+        absent = None if weights is None or not _marks(weights) else weights.flatten() == 0
+        rows = gather_rows.masked_rows(flat, keep.flatten(), absent)
+        if absent is not None:
+            return Sets(rows, offsets)
+    else:
+        rows = flat.index_select(0, keep.flatten().nonzero()[:, 0])
     if weights is not None:
-        rows = rows * weights.flatten()[where, None]
-    return Sets(rows, functional.pad(keep.sum(1).cumsum(0), (1, 0)))
+        rows = rows * weights[keep][:, None]
+    return Sets(rows, offsets)
+
+
+def _marks(weights: Tensor) -> bool:
+    """Whether they are a mask's: no number but 0 and 1, no gradient."""
+    return not weights.requires_grad and bool(((weights == 0) | (weights == 1)).all())
 
 
 def first(found: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _check
+from setemb_kernels.ops import gather_rows
 
 
 class PackedSets(NamedTuple):
@@ -57,7 +58,7 @@ def packed(
         rows = v.flatten(0, 1)
         if mask is None:
             return PackedSets(rows, torch.arange(N + 1, device=v.device) * K)
-        return PackedSets(rows.index_select(0, _valid(mask)), _offsets_of(mask.sum(1)))
+        return PackedSets(_valid_of(rows, mask), _offsets_of(mask.sum(1)))
     _check.floating(name, v, ("vectors", "features"), also=CODES)
     label = f"{name}_offsets"
     if not isinstance(offsets, Tensor):
@@ -84,14 +85,16 @@ def _with_scale(name: str, sets: PackedSets, v: Tensor, mask: Tensor | None, sca
         raise ValueError(f"{label}: expected device {sets.rows.device} as of {name}, got {scale.device}")
     flat = scale.flatten()
     if mask is not None:
-        flat = flat.index_select(0, _valid(mask))
+        flat = _valid_of(flat[:, None], mask).squeeze(1)
     return sets._replace(scale=flat)
 
 
-def _valid(mask: Tensor) -> Tensor:
-    """Places of the valid vectors, in order; of fixed size, so that nothing waits for a GPU and shapes can be traced:
-    the rest are 0."""
-    return torch.nonzero_static(mask.flatten(), size=mask.numel(), fill_value=0).squeeze(1)
+def _valid_of(rows: Tensor, mask: Tensor) -> Tensor:
+    """The valid rows, in order. On a GPU, which nothing is to wait for, and where shapes are traced, as many as the
+    mask has places: the rest are copies of row 0."""
+    if gather_rows.pays(mask):
+        return gather_rows.masked_rows(rows, mask.flatten())
+    return rows.index_select(0, torch.nonzero_static(mask.flatten(), size=mask.numel(), fill_value=0).squeeze(1))
 
 
 def _of_nested(name: str, v: Any) -> PackedSets:

@@ -1,7 +1,7 @@
 """Similarities of sets of any sizes: the public functions and all that torch needs.
 
 One op for padded, ragged, paired and candidate sets, and for all kinds: both sides are packed (`layout`), and "paired"
-is one candidate each. The maths is in `reference`, the kernels in ``csrc/cpu/set_similarity.cpp`` and `triton`.
+is one candidate each. The maths is in `reference`, the kernels in ``csrc/cpu/set_similarity*`` and `triton`.
 """
 
 from __future__ import annotations

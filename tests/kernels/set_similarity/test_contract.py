@@ -414,3 +414,17 @@ def test_scores_are_never_stored(kind: str, dtype: str) -> None:
     run = subprocess.run([sys.executable, "-c", MEMORY, kind, dtype], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 96
+
+
+@pytest.mark.parametrize("kind", ["maxsim", "chamfer"])
+def test_more_candidates_than_a_task_takes(kind: Any) -> None:
+    x, y = sets(2, 5, 24, dtype=torch.float32), sets(50, 7, 24, dtype=torch.float32, seed=1)
+    chosen = torch.randint(0, 50, (2, 70), generator=torch.Generator().manual_seed(3))
+    got, all_pairs = set_similarity(x, y, kind, candidates=chosen), set_similarity(x, y, kind)
+    expected = all_pairs.gather(1, chosen)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn(2, 70, generator=torch.Generator().manual_seed(4))
+    for a, b in zip(
+        torch.autograd.grad(got, (x, y), upstream), torch.autograd.grad(expected, (x, y), upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
