@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import peak_beyond_inputs_and_results
+from benchmarks.peers import eager_similarity
 from setemb_kernels import integrations
+from setemb_kernels.integrations import dive
 
 Step = Callable[[], Sequence[Tensor]]
 
@@ -144,6 +146,25 @@ def _late_interaction_kernels(scale: int, package: str = "late_interaction_kerne
     return step(lambda q, d: scorer(q, d, d_mask=mask), units(n, 32, 128), units(2 * n, 180, 128))
 
 
+def _flash_maxsim(scale: int, function: str = "flash_maxsim.maxsim_naive_batched") -> Step:
+    """The package's own kernels need a GPU; this is its plain function."""
+    module, name = function.rsplit(".", 1)
+    scorer = getattr(importlib.import_module(module), name)
+    n = 64 // scale
+    return step(scorer, units(n, 32, 128), units(2 * n, 180, 128))
+
+
+def _dive(scale: int, *, ours: bool = False) -> Step:
+    """Sets one after the other in a matrix, as its code has them; what it does, written plainly."""
+    n = 128 // scale
+    module = dive.SetwiseSimilarity(4, 4, 2, 16)
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return eager_similarity(x.view(-1, 4, 1024), y.view(-1, 4, 1024))
+
+    return step(module.smooth_chamfer_similarity if ours else plain, units(4 * n, 1024), units(20 * n, 1024))
+
+
 CASES = {
     "PyLate, contrastive: 64 queries of 32, 128 documents of 60 to 180, forward + backward": Case(
         "pylate", "pylate", _pylate_contrastive, integrations.patch_pylate
@@ -186,6 +207,15 @@ CASES = {
         "late_interaction_kernels",
         _late_interaction_kernels,
         ours=lambda scale: _late_interaction_kernels(scale, "setemb_kernels.integrations.late_interaction_kernels"),
+    ),
+    "flash-maxsim, its plain function: 64 queries of 32, 128 documents of 180, forward + backward": Case(
+        "flash-maxsim",
+        "flash_maxsim",
+        _flash_maxsim,
+        ours=lambda scale: _flash_maxsim(scale, "setemb_kernels.integrations.flash_maxsim.flash_maxsim_batched"),
+    ),
+    "DivE's smooth-Chamfer, written plainly: 128 images, 640 captions, K4 D1024, forward + backward": Case(
+        "torch", "torch", _dive, ours=lambda scale: _dive(scale, ours=True)
     ),
 }
 
