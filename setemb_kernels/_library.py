@@ -17,10 +17,15 @@ def define(qualified_name: str, schema: str) -> None:
 
 
 def forbid_double_backward(qualified_name: str) -> None:
-    """Make the backward op raise where its own result is differentiated, instead of passing silently for a constant."""
+    """Make the backward op raise where its own result is differentiated."""
+    forbid_gradient(qualified_name, "has no second derivative: call backward without create_graph=True")
+
+
+def forbid_gradient(qualified_name: str, why: str) -> None:
+    """Make an op raise where its result is differentiated, instead of passing silently for a constant."""
 
     def raise_error(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"{qualified_name} has no second derivative: call backward without create_graph=True")
+        raise NotImplementedError(f"{qualified_name} {why}")
 
     torch.library.register_autograd(qualified_name, raise_error, lib=_LIBRARY)
 

@@ -1,6 +1,8 @@
 // Scores next to codes with scales: those of set_similarity_scores.h, times the scale of each vector.
 #pragma once
 
+#include <cmath>
+
 #include "set_similarity_scores.h"
 
 namespace setemb {
@@ -40,7 +42,9 @@ class CodeScores {
       if constexpr (P::group == 4) excess = P::excess(y_row(first + r), features_);
       for (int64_t c = 0; c < columns_; c += kLanes<float>) {
         const Vec<float> sum = __builtin_convertvector(load(sums + c) - excess, Vec<float>);
-        store(scores + c, sum * load(column_scale_.data() + c) * scale);  // two small scales may vanish in one
+        // Neither the product of the scales nor a partial product may leave the range of the result.
+        const Vec<float> by_column = load(column_scale_.data() + c);
+        store(scores + c, std::abs(scale) <= 1 ? sum * scale * by_column : sum * by_column * scale);
       }
     }
   }

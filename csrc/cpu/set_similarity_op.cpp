@@ -74,6 +74,7 @@ struct SimilarityArguments {
     check_offsets("x_offsets", problem.x.offsets, problem.x.sets, problem.x.rows);
     check_offsets("y_offsets", problem.y.offsets, problem.y.sets, problem.y.rows);
     problem.features = x.size(1);
+    if (y.size(1) != x.size(1)) throw std::invalid_argument("y: expected as many features as x");
     problem.candidates = candidates.has_value() ? static_cast<const int64_t*>(candidates->data_ptr()) : nullptr;
     problem.choices = candidates.has_value() ? candidates->size(1) : problem.y.sets;
     if (candidates.has_value()) check_candidates(problem.candidates, candidates->numel(), problem.y.sets);
@@ -85,10 +86,15 @@ struct SimilarityArguments {
   }
 };
 
+void check_one_type(const Tensor& x, const Tensor& y) {
+  if (x.scalar_type() != y.scalar_type()) throw std::invalid_argument("y: expected the dtype of x");
+}
+
 Tensor set_similarity(const Tensor& x, const Tensor& x_offsets, const Tensor& y, const Tensor& y_offsets,
                       const std::optional<Tensor>& candidates, const Tensor& alpha, const Tensor& bias,
                       std::string kind, bool mean, bool wide) {
   const SimilarityArguments args(x, x_offsets, y, y_offsets, candidates, alpha, bias, kind, mean);
+  check_one_type(x, y);
   const ScalarType type = wide ? accumulated_in(x.scalar_type()) : x.scalar_type();
   Tensor out = torch::stable::new_empty(x, {args.problem.x.sets, args.problem.choices}, type);
   if (out.numel() > 0) set_similarity_forward(dtype_of(x), args.problem, out.mutable_data_ptr(), wide);
@@ -127,6 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> set_similarity_backward_(
     const std::optional<Tensor>& candidates, const Tensor& alpha, const Tensor& bias, std::string kind, bool mean,
     bool need_x, bool need_y, bool need_alpha, bool need_bias) {
   const SimilarityArguments args(x, x_offsets, y, y_offsets, candidates, alpha, bias, kind, mean);
+  check_one_type(x, y);
   const Tensor grad = torch::stable::contiguous(grad_in);
   const bool some = grad.numel() > 0;  // then the kernel writes all rows
   const auto gradient = [&](const Tensor& of, bool need) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "gemm.h"
@@ -44,7 +45,7 @@ class SetScores {
     columns_ = g.columns;
     const int64_t padded = round_up(std::max<int64_t>(columns_, 1), width);
     ld_ = padded + 16;
-    rows_ = std::clamp<int64_t>((int64_t{1} << 16) / padded, kMicroRows, kMostRows) / kMicroRows * kMicroRows;
+    rows_ = std::clamp<int64_t>((int64_t{1} << 16) / padded, kRowUnit, kMostRows) / kRowUnit * kRowUnit;
     reserve(tile_, tile_size_, rows_ * ld_);
     pointers_.resize(columns_);
     for (int64_t c = 0; c < columns_; ++c) pointers_[c] = x_row(g.row + c);
@@ -96,6 +97,7 @@ class SetScores {
   }
 
  private:
+  static constexpr int64_t kRowUnit = std::lcm(kMicroRows, kRowPadding);  // both ways write whole tiles
   static constexpr int64_t kMostRows = 96;
 
   template <class B>

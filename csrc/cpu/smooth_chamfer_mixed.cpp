@@ -166,7 +166,8 @@ class MixedChamfer {
   }
 
   // The rows of x as bfloat16, kept in `values`, where y is that too, the processor has products for it, and nothing is
-  // lost: all numbers of x are of that type, and none so large that a product with a subnormal y would be felt.
+  // lost: all numbers of x are of that type, none subnormal, and none so large that a product with a subnormal y would
+  // be felt.
   std::vector<const bfloat16_t*> shortened(const std::vector<const float*>& x, std::vector<bfloat16_t>& values) const {
     std::vector<const bfloat16_t*> rows;
 #if defined(__AVX512BF16__)
@@ -175,7 +176,8 @@ class MixedChamfer {
       for (int64_t d = 0; d < p_.features; ++d) {
         uint32_t bits;
         std::memcpy(&bits, row + d, 4);
-        if ((bits & 0xffffu) != 0 || !(std::abs(row[d]) < 0x1p64f)) return rows;
+        const float size = std::abs(row[d]);
+        if ((bits & 0xffffu) != 0 || !(size < 0x1p64f) || (size < 0x1p-126f && size != 0)) return rows;
         values.push_back({static_cast<uint16_t>(bits >> 16)});
       }
     }

@@ -34,6 +34,10 @@ class _SetLoss(nn.Module):
 
     def __init__(self, alpha: float, similarity: Similarity) -> None:
         super().__init__()
+        for name in similarity.keys() - Similarity.__annotations__.keys():
+            raise TypeError(
+                f"{name}: not an argument of {type(self).__name__}, which takes {', '.join(Similarity.__annotations__)}"
+            )
         Measure.of(
             similarity.get("kind", "smooth_chamfer"),
             alpha,

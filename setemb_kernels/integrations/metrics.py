@@ -55,7 +55,7 @@ class SetRetrieval(Metric):
         if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
             raise ValueError(f"ks: expected ints of at least 1, got {ks!r}")
         Measure.of(kind, alpha, match_bias, reduction, torch.device("cpu"))  # says at once what is wrong
-        self.ks = tuple(ks)
+        self.ks, self.alpha = tuple(ks), alpha
         self.similarity: dict[str, Any] = {
             "kind": kind,
             "alpha": alpha,

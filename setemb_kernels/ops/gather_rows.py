@@ -22,6 +22,8 @@ def pays(v: Tensor) -> bool:
     shapes cannot depend on values."""
     if v.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._is_tracing() or type(v) is not Tensor:
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap
+        return False
     return torch._C._len_torch_dispatch_stack() == 0  # make_fx, fake tensors
 
 

@@ -76,6 +76,10 @@ def test_a_wrong_similarity_is_said_at_once() -> None:
         SetTripletLoss(kind="nearest")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduction: expected 'sum' for chamfer"):
         SetInfoNCELoss(kind="chamfer", reduction="mean")
+    with pytest.raises(
+        TypeError, match="knd: not an argument of SetTripletLoss, which takes kind, match_bias, reduction"
+    ):
+        SetTripletLoss(knd="max")  # type: ignore[call-arg]
 
 
 def test_metric_learning_call() -> None:

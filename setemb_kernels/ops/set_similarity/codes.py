@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from setemb_kernels._library import define
-from setemb_kernels.ops.set_similarity.layout import CODES, PackedSets
+from setemb_kernels.ops.set_similarity.layout import CODES, PackedSets, check_offsets
 
 FORWARD = "setemb::set_similarity_codes"
 
 PART_ELEMENTS = 1 << 22
 """Elements of y that are decoded at a time: whole sets of about so many."""
+
+MOST_FEATURES = 1 << 16
+"""Whose int8 products int32 can sum; the CPU's kernel knows by itself."""
 
 FLOAT8_CAPABILITY = (8, 9)
 """Of a GPU that multiplies float8."""
@@ -59,7 +62,7 @@ def similarity(
 def _has_products(x: Tensor) -> bool:
     """Whether the device multiplies such codes."""
     if x.dtype == torch.int8:
-        return True
+        return x.device.type == "cpu" or x.shape[1] <= MOST_FEATURES
     return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= FLOAT8_CAPABILITY
 
 
@@ -80,6 +83,8 @@ def _decoded(
     if candidates is not None or step >= ys.sets:
         return some(ys)
     out = xs.rows.new_empty(xs.sets, ys.sets)
+    if ys.offsets.device.type == "cpu":
+        check_offsets("y_offsets", ys.offsets, len(ys.rows))
     bounds = torch.cat((ys.offsets[:-1:step], ys.offsets[-1:])).tolist()
     for number, first in enumerate(range(0, ys.sets, step)):
         rows = slice(bounds[number], bounds[number + 1])

@@ -94,7 +94,10 @@ def _valid_of(rows: Tensor, mask: Tensor) -> Tensor:
     mask has places: the rest are copies of row 0."""
     if gather_rows.pays(mask):
         return gather_rows.masked_rows(rows, mask.flatten())
-    return rows.index_select(0, torch.nonzero_static(mask.flatten(), size=mask.numel(), fill_value=0).squeeze(1))
+    places = torch.nonzero_static(mask.flatten(), size=mask.numel(), fill_value=0).squeeze(1)
+    if rows.dtype in CODES:  # not every torch can do it for float8
+        return rows.view(torch.uint8).index_select(0, places).view(rows.dtype)
+    return rows.index_select(0, places)
 
 
 def _of_nested(name: str, v: Any) -> PackedSets:
@@ -113,9 +116,9 @@ def _offsets_of(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def means(sets: PackedSets) -> tuple[Tensor, Tensor]:
-    """The mean vector of each set ``[N, D]`` in what sums are accumulated in, and which sets have a vector ``[N]``."""
-    rows = sets.decoded(torch.float64 if sets.rows.dtype == torch.float64 else torch.float32).rows
+def means(sets: PackedSets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean vector of each set ``[N, D]``, accumulated in dtype, and which sets have a vector ``[N]``."""
+    rows = sets.decoded(dtype).rows
     counts = sets.offsets.diff()
     last = sets.rows.shape[0] - sets.offsets[-1:]  # rows of no set are a segment of their own
     total = torch.segment_reduce(rows, "sum", lengths=torch.cat([counts, last]), initial=0.0, unsafe=True)[:-1]

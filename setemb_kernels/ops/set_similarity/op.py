@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _check
-from setemb_kernels._library import define, forbid_double_backward, register_autocast
+from setemb_kernels._library import define, forbid_double_backward, forbid_gradient, register_autocast
 from setemb_kernels.backends import OpBackends
 from setemb_kernels.ops.set_similarity import codes, reference
 from setemb_kernels.ops.set_similarity.layout import CODES, PackedSets, means, packed
@@ -192,7 +192,8 @@ def _check_codes(xs: PackedSets, ys: PackedSets, numbers: tuple[Any, ...], out_d
     """What codes ask for: no gradients, and a result in what it is computed in. Says True: it is not rounded."""
     if ys.rows.device != xs.rows.device:
         raise ValueError(f"y: expected device {xs.rows.device} as of x, got {ys.rows.device}")
-    for name, v in zip(("x", "y", "alpha", "scale", "bias"), (xs.rows, ys.rows, *numbers), strict=True):
+    names = ("x", "y", "x_scale", "y_scale", "alpha", "scale", "bias")
+    for name, v in zip(names, (xs.rows, ys.rows, xs.scale, ys.scale, *numbers), strict=True):
         if isinstance(v, Tensor) and v.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected no gradient to be required, as x or y are codes (int8, float8)")
     dtype = torch.float64 if torch.float64 in (xs.rows.dtype, ys.rows.dtype) else torch.float32
@@ -204,12 +205,15 @@ def _check_codes(xs: PackedSets, ys: PackedSets, numbers: tuple[Any, ...], out_d
 def _product_of_means(xs: PackedSets, ys: PackedSets, candidates: Tensor | None, wide: bool) -> Tensor:
     """The mean over all pairs is the dot product of the means: sets of one vector, whose only pair is the closest."""
     device = xs.rows.device.type
-    dtype = xs.rows.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    types = (xs.rows.dtype, ys.rows.dtype)
+    as_codes = types[0] in CODES or types[1] in CODES
+    wider = torch.float64 if torch.float64 in types else torch.float32
+    dtype = wider if as_codes else types[0]
+    if torch.is_autocast_enabled(device) and dtype != torch.float64 and not as_codes:
         dtype = torch.get_autocast_dtype(device)
         xs, ys = (s._replace(rows=s.rows.to(dtype)) for s in (xs, ys))
     with torch.autocast(device, enabled=False):
-        (x, x_some), (y, y_some) = means(xs), means(ys)
+        (x, x_some), (y, y_some) = means(xs, wider), means(ys, wider)
         one, nothing = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         offsets = (torch.arange(v.shape[0] + 1, device=v.device) for v in (x, y))
         s = torch.ops.setemb.set_similarity(
@@ -393,4 +397,5 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd(FORWARD, _autograd, setup_context=_setup_context)
 forbid_double_backward(BACKWARD)
+forbid_gradient(codes.FORWARD, "is for scoring and has no gradient")
 register_autocast(FORWARD, cast=3)  # x and y, as for a matrix product

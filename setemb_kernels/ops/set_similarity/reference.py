@@ -205,16 +205,20 @@ def paired_backward(
     total_alpha, total_bias = (
         torch.where(t.present, part.double() * g.double(), 0).sum() for part in (by_alpha, by_bias)
     )
+    with torch.autocast(x.device.type, enabled=False):
+        by_x = torch.bmm(w, t.y.vectors).to(x.dtype) if need_x else x.new_empty(0)
+        by_y = torch.bmm(w.transpose(1, 2), t.x.vectors).to(y.dtype) if need_y else y.new_empty(0)
     return (
-        torch.bmm(w, t.y.vectors).to(x.dtype) if need_x else x.new_empty(0),
-        torch.bmm(w.transpose(1, 2), t.x.vectors).to(y.dtype) if need_y else y.new_empty(0),
+        by_x,
+        by_y,
         *_scalar_gradients(total_alpha, total_bias, alpha, bias, kind, need_alpha, need_bias),
     )
 
 
 def _paired(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> _Tile:
     xs, ys = _of_padded(x, x_mask), _of_padded(y, y_mask)
-    c = torch.bmm(xs.vectors, ys.vectors.transpose(1, 2))[:, None]
+    with torch.autocast(x.device.type, enabled=False):  # a backward pass may run within one
+        c = torch.bmm(xs.vectors, ys.vectors.transpose(1, 2))[:, None]
     return _tile((slice(None), slice(None)), xs, ys, True, c, xs.valid.new_ones(len(x), 1))
 
 

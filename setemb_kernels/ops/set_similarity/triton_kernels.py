@@ -107,10 +107,15 @@ def _scores(
             other = _tile(b, b_row, b_exists, first, D, b_stride, b_stride_d, BLOCK_D)
             c = tl.dot(tile, other.T, c, input_precision=PRECISION, max_num_imprecise_acc=0, out_dtype=SUM)
     c = c.to(tl.float32)
+    # small scales first, so that a partial product does not leave the range of the result
     if a_scale is not None:
-        c *= tl.load(a_scale + a_row, mask=a_exists, other=0)[:, None]
+        first_scale = tl.load(a_scale + a_row, mask=a_exists, other=0)
+        is_small = tl.abs(first_scale) <= 1
+        c *= tl.where(is_small, first_scale, 1.0)[:, None]
     if b_scale is not None:
         c *= tl.load(b_scale + b_row, mask=b_exists, other=0)[None, :]
+    if a_scale is not None:
+        c *= tl.where(is_small, 1.0, first_scale)[:, None]
     return c
 
 

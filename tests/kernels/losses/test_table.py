@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from setemb_kernels import measure
+from setemb_kernels import measure, set_triplet_loss
 from tests.kernels.losses.cases import CASES, KINDS, LOSSES, Case, check, cut_finely
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -29,6 +29,19 @@ def test_pairs_by_batched_products(case: Case, name: str, dtype: torch.dtype, mo
     cut_finely(monkeypatch)
     monkeypatch.setattr(measure, "_batched", lambda x, y: True)
     check(LOSSES[name], case, dtype)
+
+
+def test_batched_products_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a backward pass, which runs in whatever context it is called in."""
+    monkeypatch.setattr(measure, "_batched", lambda x, y: True)
+    x, y = (torch.nn.functional.normalize(torch.randn(20, 3, 16), dim=-1).requires_grad_() for _ in range(2))
+    gradients = []
+    for enabled in (False, True):
+        loss = set_triplet_loss(x, y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(loss, (x, y)))
+    for plain, under in zip(*gradients, strict=True):
+        assert torch.equal(plain, under)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])

@@ -102,8 +102,34 @@ def test_padded_masked_packed_and_nested_codes_are_one(kind: Any) -> None:
     truth = set_similarity(decoded[0].double(), decoded[1].double(), kind, y_offsets=offsets)
     for s in (padded, packed, ragged):
         torch.testing.assert_close(s, truth.float())
-    truth = set_similarity(decoded[0].double(), rows, kind, y_offsets=offsets, y_scale=scale)
-    assert truth.dtype == torch.float64
+    wide = set_similarity(decoded[0].double(), rows, kind, y_offsets=offsets, y_scale=scale)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide, truth, rtol=1e-6, atol=1e-6)  # the scales are of float32
+    y_double = torch.nested.nested_tensor_from_jagged(decoded[1].double(), offsets)
+    wide = set_similarity(y=y_double, kind=kind, **queries)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide, truth, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(set_similarity(decoded[0], nested, kind, y_scale=scale), truth.float())
+
+
+def test_scales_out_of_proportion() -> None:
+    """No partial product leaves the range of the result."""
+    ones = torch.full((2, 1, 64), 127, dtype=torch.int8)
+    for x_scale, y_scale in ((1e36, 1e-36), (1e-36, 1e36)):
+        scales = {"x_scale": torch.full((2, 1), x_scale), "y_scale": torch.full((2, 1), y_scale)}
+        s = set_similarity(ones, ones, "max", **scales)
+        torch.testing.assert_close(s, torch.full((2, 2), 64.0 * 127 * 127))
+
+
+def test_the_op_has_no_gradient() -> None:
+    x, one = torch.randn(3, 4, requires_grad=True), torch.tensor(1.0, dtype=torch.float64)
+    offsets = torch.tensor([0, 3])
+    s = torch.ops.setemb.set_similarity_codes(
+        x, None, offsets, torch.ones(3, 4, dtype=torch.int8), None, offsets, None, one, one, "max", False
+    )
+    with pytest.raises(NotImplementedError, match="is for scoring and has no gradient"):
+        s.sum().backward()
 
 
 def test_opcheck() -> None:
@@ -131,6 +157,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"kind": "soft_maxsim", "alpha": torch.tensor(1.0, requires_grad=True)},
         "alpha: expected no gradient",
     ),
+    "gradient of a scale": ({"y_scale": torch.ones(2, 3, requires_grad=True)}, "y_scale: expected no gradient"),
     "scale of floats": (
         {"x": torch.zeros(2, 3, 4), "x_scale": torch.ones(2, 3)},
         "x_scale: expected None beside x of float32",

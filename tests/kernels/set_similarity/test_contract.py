@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -49,6 +50,35 @@ def test_gradcheck(kind: str, pairs: str) -> None:
         return s + alpha + scale + bias
 
     assert torch.autograd.gradcheck(function, (x, y, *leaves))
+
+
+def test_vmap_over_a_mask() -> None:
+    x, y = sets(3, 3, 5).detach(), sets(5, 4, 5, seed=1).detach()
+    masks = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(0)) < 0.6
+    got = torch.func.vmap(lambda mask: set_similarity(x, y, "maxsim", y_mask=mask))(masks)
+    for s, mask in zip(got, masks, strict=True):
+        torch.testing.assert_close(s, set_similarity(x, y, "maxsim", y_mask=mask))
+
+
+LARGE = """
+import torch
+from setemb_kernels import maxsim, set_similarity
+x, y = torch.randn(1, 676, 4096), torch.randn(2, 180, 4096)
+truth = (x[0].double() @ y.flatten(0, 1).double().T).view(676, 2, 180).amax(2).sum(0).float()
+torch.testing.assert_close(maxsim(x, y)[0], truth)
+codes = (y * 20).clamp(-127, 127).round().to(torch.int8)
+truth = (x[0].double() @ codes.flatten(0, 1).double().T).view(676, 2, 180).amax(2).sum(0).float()
+torch.testing.assert_close(maxsim(x, codes)[0], truth)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_a_large_set_of_many_features_on_every_processor(capability: str) -> None:
+    """Where dot products make tiles whose rows are no multiple of theirs; in a process of its own, as it chooses once
+    which module serves."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "MALLOC_CHECK_": "3"}
+    run = subprocess.run([sys.executable, "-c", LARGE], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)

@@ -98,6 +98,15 @@ def test_codes_without_scales(kind: str) -> None:
     check_codes(run_codes, few(NAMED["ragged"]), kind, torch.int8, torch.int8, DEVICE, scaled=False)
 
 
+def test_scales_out_of_proportion() -> None:
+    codes, offsets = torch.full((2, 64), 127, dtype=torch.int8, device=DEVICE), torch.arange(3, device=DEVICE)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    large, small = (torch.full((2,), v, device=DEVICE) for v in (1e36, 1e-36))
+    for x_scale, y_scale in ((large, small), (small, large)):
+        s = backend.forward_of_codes(codes, x_scale, offsets, codes, y_scale, offsets, None, one, one, "max", False)
+        torch.testing.assert_close(s, torch.full_like(s, 64.0 * 127 * 127))
+
+
 BANDS = Case("bands", 3, 2, (1, 20), (1, 20), 16)
 CHOSEN = Case("candidates of both sides", 2, 3, (1, 20), (1, 40), 16, pairs="candidates", empty="y")
 BOTH = pytest.mark.parametrize("case", [BANDS, CHOSEN], ids=lambda case: case.name)

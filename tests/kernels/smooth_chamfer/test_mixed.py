@@ -76,6 +76,13 @@ def test_what_is_not_finite_reaches_only_its_own_pairs_mixed(value: float, N: in
     torch.testing.assert_close(s[:, ~touched], clean[:, ~touched])
 
 
+def test_subnormal_queries_count() -> None:
+    """The processor's products of bfloat16 would take them for 0."""
+    x, y = torch.full((1, 1, 32), 2.0**-130), torch.full((3, 1, 32), 2.0**127).bfloat16()
+    s = torch.ops.setemb.smooth_chamfer_mixed(x, y, torch.tensor(1.0), None, None, None)
+    assert s.eq(32 * 2.0**-3).all()
+
+
 @pytest.mark.parametrize("N", [2, 30], ids=["few", "many"])
 def test_a_gallery_larger_than_what_is_decoded_at_a_time(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts, the last one smaller."""
