@@ -18,14 +18,13 @@ import pytest
 import torch
 
 from benchmarks.gpu import implementations, machine, small_cases, tally
-from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu.__main__ import KEPT_BACK, MINUTES, SANITIZERS, SECONDS, GpuRun, _kernel_filter
-from benchmarks.gpu.bench import Bench, ContextLostError
-from benchmarks.gpu.rows import Row, rows
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.rows import rows
 from benchmarks.gpu.stages import Ended, Run, Stage, read_lines, run_process
-from benchmarks.gpu.table import floor, table
 from benchmarks.gpu.timing import CudaClock, HostClock, Times, take_turns
 from setemb_kernels.ops.smooth_chamfer import cuda as smooth_chamfer
+from tests.test_gpu_bench import made_up_row
 
 ROOT = Path(__file__).parent.parent
 kernel_backends = importlib.import_module("setemb_kernels.backends")  # the name is also that of a function
@@ -275,136 +274,6 @@ def test_a_kernel_that_ends_the_process_costs_one_figure(tmp_path: Path) -> None
 
 
 # --- times
-
-
-class ScriptedClock:
-    """Time goes on by what calls say."""
-
-    source = "made up"
-
-    def __init__(self) -> None:
-        self.time, self.cleared, self.waiting = 0.0, 0, False
-
-    def mark(self) -> float:
-        self.waiting = True
-        return self.time
-
-    def milliseconds(self, start: float, end: float) -> float:
-        assert not self.waiting, "read before the device was done"
-        return end - start
-
-    def synchronize(self) -> None:
-        self.waiting = False
-
-    def clear_cache(self) -> None:
-        self.cleared += 1
-        self.time += 1000.0
-
-
-def test_medians_and_spreads() -> None:
-    clock = ScriptedClock()
-    order = []
-
-    def call(name: str, *times: float) -> Callable[[], None]:
-        values = list(times)
-
-        def run() -> None:
-            order.append(name)
-            clock.time += values.pop(0)
-
-        return run
-
-    calls = {"a": [call("a0", 5, 1, 3, 9), call("a1", 2, 4)], "b": [call("b", *[7.0] * 9)]}
-    times = take_turns(clock, calls, 0.001)  # five rounds
-    assert order == ["a0", "b", "a0", "b", "a1", "b", "a0", "b", "a1", "b", "a0", "b"]
-    a, b = times["a"], times["b"]
-    assert (a.median, a.rounds) == (3, 5)  # of 1, 2, 3, 4, 9: quartiles 2 and 4
-    assert a.spread == pytest.approx(2 / 3)
-    assert (b.median, b.spread) == (7, 0)
-    assert clock.cleared == 10
-
-
-def made_up_row(**changes: Any) -> Row:
-    values: dict[str, Any] = {"op": "op", "name": "size", "products": 1, "operations": 4.0, "bytes": 2.0}
-    values |= {"make": lambda: (torch.ones(2),), "product": lambda inputs: lambda: inputs[0]}
-    values |= {name: lambda inputs: lambda: 2 * inputs[0] for name in ("ours", "eager")}
-    return Row(**(values | changes))
-
-
-def bench(row: Row, **options: Any) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    Bench(
-        "cpu",
-        True,
-        lines.append,
-        HostClock(),
-        done=[("set_triplet_loss largest batch K4 D1024 bfloat16", "plain")],
-        **options,
-    ).run([row])
-    return [line for line in lines if "row" in line]
-
-
-def fails(error: Exception) -> Callable[[Any], Callable[[], Any]]:
-    def prepare(inputs: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            raise error
-
-        return run
-
-    return prepare
-
-
-def test_an_implementation_that_fails_costs_its_own_figure() -> None:
-    (line,) = bench(made_up_row(ours=fails(ValueError("no such size\nat all"))))
-    assert set(line["milliseconds"]) == {"product", "eager"}
-    assert list(line["failed"].values()) == ["ValueError: no such size"]
-    (line,) = bench(made_up_row(eager=fails(torch.OutOfMemoryError("tried to allocate"))))
-    assert line["failed"] == {"eager": "out of memory"}
-
-
-def test_an_error_of_the_device_ends_the_process() -> None:
-    with pytest.raises(ContextLostError):
-        bench(made_up_row(eager=fails(RuntimeError("CUDA error: an illegal memory access was encountered"))))
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")]
-)
-def test_a_batch_that_does_not_fit(error: Exception) -> None:
-    def fails_from_32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if len(x) >= 32:
-            raise error
-        return (x * y).float().sum()
-
-    assert gpu_rows._fits(fails_from_32, 16, "cpu") and not gpu_rows._fits(fails_from_32, 32, "cpu")
-    with pytest.raises(RuntimeError, match="illegal"):
-        gpu_rows._fits(lambda x, y: fails(RuntimeError("CUDA error: illegal"))(None)(), 16, "cpu")
-
-
-def test_a_wrong_result_shows() -> None:
-    (line,) = bench(made_up_row(ours=lambda inputs: lambda: 3 * inputs[0]))
-    (ours,) = set(line["difference"]) - {"eager"}
-    assert line["difference"][ours] == pytest.approx(0.5)
-    (nan,) = bench(made_up_row(ours=lambda inputs: lambda: torch.nan * inputs[0]))
-    assert nan["difference"][ours] is None
-    for content in (line, nan):
-        assert "!" in table({"stages": [], "rows": [content]})
-
-
-def test_rows_that_come_too_late_say_so() -> None:
-    (line,) = bench(made_up_row(), until=0.0)
-    assert line["failed"] == {"all": "no time left"}
-    assert bench(made_up_row(), skip=[("op size", "eager")])[0]["failed"] == {"eager": "ended the process"}
-
-
-def test_floor_is_the_larger_of_operations_and_bytes() -> None:
-    ceilings = {"bfloat16_operations_per_second": 1e3, "copy_bytes_per_second": 1e3}
-    assert floor({"operations": 4.0, "bytes": 2.0}, ceilings) == pytest.approx(4.0)
-    assert floor({"operations": 4.0, "bytes": 9.0}, ceilings) == pytest.approx(9.0)
-    assert floor({"operations": 4.0, "bytes": 9.0}, {}) is None
-
-
-# --- the machine, and tests
 
 
 def test_clocks() -> None:

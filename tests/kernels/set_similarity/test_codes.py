@@ -98,19 +98,19 @@ def test_padded_masked_packed_and_nested_codes_are_one(kind: Any) -> None:
     packed = set_similarity(y=rows, y_scale=scale, y_offsets=offsets, kind=kind, **queries)
     nested = torch.nested.nested_tensor_from_jagged(rows, offsets)
     ragged = set_similarity(y=nested, y_scale=scale, kind=kind, **queries)
-    decoded = (x_codes.rows * x_codes.scale[:, None]).view(3, 4, 20), rows * scale[:, None]
-    truth = set_similarity(decoded[0].double(), decoded[1].double(), kind, y_offsets=offsets)
+    decoded = x_codes.decoded(torch.float64).rows.view(3, 4, 20), rows.double() * scale.double()[:, None]
+    truth = set_similarity(*decoded, kind, y_offsets=offsets)
     for s in (padded, packed, ragged):
         torch.testing.assert_close(s, truth.float())
-    wide = set_similarity(decoded[0].double(), rows, kind, y_offsets=offsets, y_scale=scale)
+    wide = set_similarity(decoded[0], rows, kind, y_offsets=offsets, y_scale=scale)
     assert wide.dtype == torch.float64
-    torch.testing.assert_close(wide, truth, rtol=1e-6, atol=1e-6)  # the scales are of float32
-    y_double = torch.nested.nested_tensor_from_jagged(decoded[1].double(), offsets)
+    torch.testing.assert_close(wide, truth)
+    y_double = torch.nested.nested_tensor_from_jagged(decoded[1], offsets)
     wide = set_similarity(y=y_double, kind=kind, **queries)
     assert wide.dtype == torch.float64
-    torch.testing.assert_close(wide, truth, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(wide, truth)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(set_similarity(decoded[0], nested, kind, y_scale=scale), truth.float())
+        torch.testing.assert_close(set_similarity(decoded[0].float(), nested, kind, y_scale=scale), truth.float())
 
 
 def test_scales_out_of_proportion() -> None:
