@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 NAMES = {
     torch.float32: "fp32",
@@ -38,6 +40,53 @@ def precision() -> str:
 def strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
     """Those of an optional tensor."""
     return (0,) * axes if t is None else t.stride()
+
+
+# --- launches
+
+_COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+"""Kernel, device, kinds of the arguments and constants -> what was compiled for them, and the constants in order."""
+
+_KINDS: dict[type, Callable[[Any], Any]] = {
+    Tensor: lambda v: (v.dtype, v.data_ptr() % 16),
+    int: lambda v: (v == 1, v % 16 == 0, -(2**31) <= v < 2**31),
+    float: lambda v: float,
+    type(None): lambda v: None,
+    TensorDescriptor: lambda v: (v.base.dtype, tuple(v.block_shape)),
+}
+"""Of an argument all that Triton may compile a kernel for."""
+
+
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **constants: Any) -> None:
+    """``kernel[(programs,)](*arguments, **constants)``, looked up by us.
+
+    For each call Triton binds and classifies all arguments anew, which costs the host more than the launch itself.
+
+    Args:
+        kernel: a ``triton.jit`` function, whose constexpr arguments come last.
+        programs: in one axis.
+        arguments: tensors, numbers, None and descriptors, in order: all that are not constexpr.
+        constants: constexpr arguments and options of the compiler.
+    """
+    if not isinstance(kernel, triton.JITFunction):  # interpreted
+        kernel[(programs,)](*arguments, **constants)
+        return
+    key = (
+        kernel,
+        torch.cuda.current_device(),
+        *[_KINDS[type(v)](v) for v in arguments],
+        *constants.items(),
+    )
+    found = _COMPILED.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*arguments, **constants)
+        _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        return
+    compiled, rest = found
+    compiled[programs, 1, 1](*arguments, *rest)
+
+
+# --- ahead of time
 
 
 class Build(NamedTuple):

@@ -83,29 +83,31 @@ struct Multiply {
   }
 };
 
-// The same in float32 arithmetic.
+// The same in float32 arithmetic. Four products are summed before they are added: the error of a score grows with the
+// number of additions to it.
 template <>
 struct Multiply<float> {
-  struct alignas(8) Two {
-    float v[2];
+  struct alignas(16) Four {
+    float v[4];
   };
   static SETEMB_DEVICE void add(Scores& c, const char* x, const char* y, int lane) {
     const int g = lane / 4, q = lane % 4;
     SETEMB_NO_UNROLL
-    for (int k = 0; k < kStepBytes / 8; ++k) {
-      Two a[8];
+    for (int k = 0; k < kStepBytes / 16; ++k) {
+      Four a[8];
       SETEMB_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        a[i] = load(reinterpret_cast<const Two*>(x + swizzled(8 * i + g, k / 2) + k % 2 * 8));
-      }
+      for (int i = 0; i < 8; ++i) a[i] = load(reinterpret_cast<const Four*>(x + swizzled(8 * i + g, k)));
       SETEMB_UNROLL
       for (int j = 0; j < 16; ++j) {
         const int column = j / 2 * 8 + 2 * q + j % 2;
-        const Two b = load(reinterpret_cast<const Two*>(y + swizzled(column, k / 2) + k % 2 * 8));
+        const Four b = load(reinterpret_cast<const Four*>(y + swizzled(column, k)));
         SETEMB_UNROLL
         for (int i = 0; i < 8; ++i) {
-          score(c, i, j) += a[i].v[0] * b.v[0];
-          score(c, i, j) += a[i].v[1] * b.v[1];
+          float sum = a[i].v[0] * b.v[0];
+          sum += a[i].v[1] * b.v[1];
+          sum += a[i].v[2] * b.v[2];
+          sum += a[i].v[3] * b.v[3];
+          score(c, i, j) += sum;
         }
       }
     }

@@ -337,10 +337,13 @@ class _Call:
             step = max(1, MOST_PROGRAMS // (self.J * count))
             for first in range(0, self.N, step):
                 sets = min(step, self.N - first)
-                kernels.similarity_kernel[(sets * self.J * count,)](
-                    a.rows, b.rows, a.offsets, b.offsets, self.candidates, a.scale, b.scale, own,
-                    *self.sharpness, direction.factor, self.J, first, sets, self.J, self.N * self.J, count, self.D,
-                    *a.rows.stride(), *b.rows.stride(),
+                _triton.launch(
+                    kernels.similarity_kernel, sets * self.J * count,
+                    (
+                        a.rows, b.rows, a.offsets, b.offsets, self.candidates, a.scale, b.scale, own,
+                        *self.sharpness, direction.factor, self.J, first, sets, self.J, self.N * self.J, count, self.D,
+                        *a.rows.stride(), *b.rows.stride(),
+                    ),
                     **constants, **config.launch(kernels.similarity_kernel),
                 )  # fmt: skip
         return parts
@@ -377,11 +380,14 @@ class _Call:
         splits = 1 if direction.best else self._splits(window.pairs, a, config)
         programs = window.pairs * splits
         parts = a.rows.new_empty((2 if direction.how == kernels.SIGMOID.value else 1, programs), dtype=torch.float32)
-        kernels.state_kernel[(programs,)](
-            a.rows, b.rows, a.offsets, b.offsets, self.candidates, grad, state, parts,
-            *self.sharpness, direction.factor, rows, self.J, window.first_n, window.first_j,
-            window.end_n - window.first_n, window.end_j - window.first_j, splits, width * rows, self.D,
-            *a.rows.stride(), *b.rows.stride(), *grad.stride(),
+        _triton.launch(
+            kernels.state_kernel, programs,
+            (
+                a.rows, b.rows, a.offsets, b.offsets, self.candidates, grad, state, parts,
+                *self.sharpness, direction.factor, rows, self.J, window.first_n, window.first_j,
+                window.end_n - window.first_n, window.end_j - window.first_j, splits, width * rows, self.D,
+                *a.rows.stride(), *b.rows.stride(), *grad.stride(),
+            ),
             STORE=store, SUM=need_sums, **constants, **config.launch(kernels.state_kernel),
         )  # fmt: skip
         if need_sums:
@@ -417,12 +423,15 @@ class _Owner:
         call, own, other = self.call, self.own, self.other
         if 0 in self.out.shape:
             return
-        kernels.gradient_kernel[(self.blocks * self.feature_blocks * self.splits,)](
-            own.rows, other.rows, own.offsets, other.offsets, self.block_sets, self.block_ends,
-            call.candidates, self.order, self.bounds, grad, state, self.sums, *call.sharpness, direction.factor,
-            own.rows.shape[0], own.sets, state.shape[2], call.J, *window, self.splits,
-            state.shape[1] * state.shape[2], self.blocks, call.D,
-            *own.rows.stride(), *other.rows.stride(), *grad.stride(),
+        _triton.launch(
+            kernels.gradient_kernel, self.blocks * self.feature_blocks * self.splits,
+            (
+                own.rows, other.rows, own.offsets, other.offsets, self.block_sets, self.block_ends,
+                call.candidates, self.order, self.bounds, grad, state, self.sums, *call.sharpness, direction.factor,
+                own.rows.shape[0], own.sets, state.shape[2], call.J, *window, self.splits,
+                state.shape[1] * state.shape[2], self.blocks, call.D,
+                *own.rows.stride(), *other.rows.stride(), *grad.stride(),
+            ),
             OWN_IS_X=self.is_x, OWN_IS_A=self.is_x != direction.swap, HOW=direction.how, MEAN=direction.mean,
             ADD=not self.is_direct, FACTOR=2.0**15 if own.rows.dtype == torch.float16 else 1.0,
             **call.constants, **self.config.launch(kernels.gradient_kernel),

@@ -13,6 +13,8 @@ import math
 import triton
 import triton.language as tl
 
+from setemb_kernels._triton_products import add_product
+
 HARD = tl.constexpr(0)
 SOFT = tl.constexpr(1)
 SIGMOID = tl.constexpr(2)
@@ -105,7 +107,10 @@ def _scores(
         for first in range(0, D, BLOCK_D):
             tile = _tile(a, a_row, a_exists, first, D, a_stride, a_stride_d, BLOCK_D)
             other = _tile(b, b_row, b_exists, first, D, b_stride, b_stride_d, BLOCK_D)
-            c = tl.dot(tile, other.T, c, input_precision=PRECISION, max_num_imprecise_acc=0, out_dtype=SUM)
+            if tile.dtype == tl.float32:
+                c = add_product(c, tile, other.T, PRECISION)
+            else:
+                c = tl.dot(tile, other.T, c, input_precision=PRECISION, max_num_imprecise_acc=0, out_dtype=SUM)
     c = c.to(tl.float32)
     # small scales first, so that a partial product does not leave the range of the result
     if a_scale is not None:

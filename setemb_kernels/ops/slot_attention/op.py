@@ -285,9 +285,12 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, _, ctx.token_eps = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # that of total is nothing, and need not be filled with zeros
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
     needs = ctx.needs_input_grad[:4]
     gradients = torch.ops.setemb.slot_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.token_eps, *needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None

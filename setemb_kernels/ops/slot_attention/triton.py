@@ -1,5 +1,8 @@
 """Slot attention on a GPU, in Triton: the host side. `triton_kernels` has the kernels, `reference` the maths.
 
+Where the sums over tokens fit in registers, or all tokens in a tile, `triton_fused` serves, which reads each token once
+(in 16 bits; up to 32 slots that share keys, and 512 features of 16 slots, or 64 tokens). Else:
+
     forward     weights_kernel           q, k -> W ``[B, H, K, T]`` and its sums over blocks of tokens
                 gather_kernel            W, v -> out, total
     backward    delta_kernel             grad, out -> grad . out
@@ -15,16 +18,17 @@ of all heads that share keys), 4 to 64 as a rule; tensor cores want hundreds. R 
 add 4 R bytes to the 2 (Dk + Dv) of a token: 1.6 % where 16 slots share D = 1024, 6 % for 8 slots of a head with
 D = 128; and mostly from the cache.
 
-  (a) One fused kernel saves that, and a launch. But it needs the sums ``[R, Dv]`` of all features in registers, 64 KiB
-      for 16 rows of D = 1024, and takes blocks of v with all their features at a time, which no copy can run ahead of;
-      for more rows, features have to be split and the logits made again for each part. In the backward pass, dk of
-      heads that do not fit in one tile has to be added up by one launch after the other.
+  (a) One fused kernel saves that, launches, and reading k again for dq: `triton_fused`. But it needs the sums
+      ``[R, Dv]`` of all features in registers, 64 KiB for 16 rows of D = 1024, and takes blocks of v with all their
+      features at a time, which no copy can run ahead of; for more rows, features have to be split and the logits made
+      again for each part. In the backward pass, dk of heads that do not fit in one tile has to be added up by one
+      launch after the other.
   (b) Two kernels are products with a plain loop each, over features and over tokens, which the compiler pipelines. They
       need 60 to 130 registers at 16 rows, so that several programs share a multiprocessor; any number of rows and
       features will do; there are Dv / 128 times as many programs; and sums over heads are part of a product.
 
-Hence (b); in both ways k is read a second time for dq. (These are counts, not timings.) No atomics: one program makes
-each sum in one order, or several make parts that one adds in order.
+Hence (b) for what is left; it reads k a second time for dq. (These are counts, not timings.) No atomics: one program
+makes each sum in one order, or several make parts that one adds in order.
 
 **Range.** W and dz are stored in the dtype of the inputs, in float16 times a power of two: W so that the largest is
 just in range (the little that a slot has which hardly any token chose still counts, as it is divided by its sum), dz
@@ -42,7 +46,10 @@ import triton
 from torch import Tensor
 
 from setemb_kernels import _triton
+from setemb_kernels.ops.slot_attention import triton_fused as fused
+from setemb_kernels.ops.slot_attention import triton_fused_kernels as fused_kernels
 from setemb_kernels.ops.slot_attention import triton_kernels as kernels
+from setemb_kernels.ops.slot_attention import triton_shared as shared
 from setemb_kernels.ops.slot_attention.layout import empty_like_slots
 
 # --- tile sizes
@@ -57,29 +64,7 @@ MAX_SLOTS = 256
 """K may be at most this, so that a tile holds whole heads."""
 
 
-SPLIT_TOKENS = 256
-"""Tokens that a program sums over at least, before more programs are worth their launch."""
-
-
-class Config(NamedTuple):
-    """Tile sizes and launch options of a kernel."""
-
-    rows: int
-    tokens: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-    is_large: bool = False
-    """Left alone, the compiler would spill a little of such a tile to make room for one more program."""
-
-    def launch(self) -> dict[str, Any]:
-        """Keyword arguments of a launch."""
-        options = {"ROWS": self.rows, "TOKENS": self.tokens, "BLOCK_D": self.block_d, "enable_fp_fusion": True}
-        options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options | ({"maxnreg": 255} if self.is_large else {})
-
-
-def weights_config(heads: int, K: int, D: int, dtype: torch.dtype) -> Config:
+def weights_config(heads: int, K: int, D: int, dtype: torch.dtype) -> shared.Config:
     """Tile sizes of the kernels that make weights of `heads` heads of K slots each, of D features.
 
     A tile holds whole heads, 16 rows at least, 64 where there are so many. Sizes are what compiles without a spill for
@@ -92,32 +77,22 @@ def weights_config(heads: int, K: int, D: int, dtype: torch.dtype) -> Config:
         tokens, block_d, warps = max(16, min(64, 2048 // rows)), 16 if is_large else 32, 8 if is_large else 4
     else:
         tokens, block_d, warps = 32 if rows > 64 else 64, 64, 8 if rows > 128 else 4
-    return Config(rows, tokens, _block_d(D, block_d), warps, 4, is_large)
+    return shared.Config(rows, tokens, shared.block_d_of(D, block_d), warps, 4, is_large)
 
 
-def gather_config(rows: int, D: int, dtype: torch.dtype) -> Config:
+def gather_config(rows: int, D: int, dtype: torch.dtype) -> shared.Config:
     """Tile sizes of the kernel that sums over tokens, for so many rows of an item."""
     rows = max(16, _triton.next_power_of_two(rows))
     if dtype == torch.float32:
-        return Config(min(32, rows), 32, _block_d(D, 64), 4, 4)
-    return Config(min(64, rows), 64, _block_d(D, 128), 4, 4, rows >= 64)
+        return shared.Config(min(32, rows), 32, shared.block_d_of(D, 64), 4, 4)
+    return shared.Config(min(64, rows), 64, shared.block_d_of(D, 128), 4, 4, rows >= 64)
 
 
-def spread_config(rows: int, D: int, dtype: torch.dtype) -> Config:
+def spread_config(rows: int, D: int, dtype: torch.dtype) -> shared.Config:
     """Tile sizes of the kernel that sums over so many rows of an item."""
     if dtype == torch.float32:
-        return Config(16, 32, _block_d(D, 64), 4, 2)
-    return Config(16 if rows <= 16 else 32, 64, _block_d(D, 128), 4, 2, rows > 16)
-
-
-def _block_d(D: int, largest: int) -> int:
-    return min(largest, max(16, _triton.next_power_of_two(D)))
-
-
-def _layout(K: int) -> dict[str, int]:
-    """The order of rows in a tile of weights: GROUP heads of SLOTS slots to a block of 16."""
-    slots = _triton.next_power_of_two(K)
-    return {"SLOTS": slots, "GROUP": max(1, 16 // slots)}
+        return shared.Config(16, 32, shared.block_d_of(D, 64), 4, 2)
+    return shared.Config(16 if rows <= 16 else 32, 64, shared.block_d_of(D, 128), 4, 2, rows > 16)
 
 
 # --- host
@@ -142,6 +117,8 @@ def forward(
     if q.dtype == torch.float16:  # the largest weight is just in range
         factor = 2.0 ** (15 - math.ceil(math.log2(1 + token_eps)))
     with torch.cuda.device_of(q):
+        if fused.forward(q, k, v, bias, mask, scale, eps, token_eps, factor, out, total):
+            return out, total
         for items, (weights,) in _parts(q, k, workspaces=1):
             call = _Call(q[items], k[items], bias, mask, items, scale)
             sums = call.weights(weights, token_eps, factor)
@@ -168,6 +145,12 @@ def backward(
     """Gradients for q, k, v and bias from the upstream ``grad [B, H, K, Dv]``; one that is not needed comes back empty
     ``[0]``. Memory beyond inputs and outputs: `WORKSPACE_BYTES`, and some of the size of total; and where keys are the
     values, too (v is None), one more gradient of that size, as the two are made one by one."""
+    with torch.cuda.device_of(q):
+        results = fused.backward(
+            grad, q, k, v, bias, mask, out, total, scale, token_eps, need_q, need_k, need_v, need_bias
+        )
+    if results is not None:
+        return results
     if v is None:
         grad_q, grad_k, grad_v, grad_bias = backward(
             grad, q, k, k, bias, mask, out, total, scale, token_eps, need_q, need_k, need_k, need_bias
@@ -183,7 +166,7 @@ def backward(
     factor = 2.0**15 if q.dtype == torch.float16 else 1.0  # of weights that are at most 1
     with torch.cuda.device_of(q):
         delta = _delta(grad, out) if need_logits else None
-        factors = _factors(grad) if need_logits and q.dtype == torch.float16 else None
+        factors = shared.factors_of(grad) if need_logits and q.dtype == torch.float16 else None
         rows = _Rows(grad, delta, total.contiguous(), factors)
         for items, (weights, by_logit) in _parts(q, k, workspaces=2):
             call = _Call(q[items], k[items], bias, mask, items, scale)
@@ -254,12 +237,15 @@ class _Call:
 
     def weights(self, weights: Tensor, token_eps: float, factor: float) -> Tensor:
         """Fill ``weights [B, H, K, padded]``, times `factor`; return their sums ``[B, H, K, blocks of tokens]``."""
-        grid, config, counts, sums = self._weights_launch(self.q.shape[3])
+        programs, config, counts, sums = self._weights_launch(self.q.shape[3])
         if self.T:
-            kernels.weights_kernel[grid](
-                self.q, self.k, self.bias, self.mask, weights, sums, *counts, self.q.shape[3], weights.shape[3],
-                self.scale, token_eps, factor, *self._strides(), **_layout(self.K), **config.launch(),
-                PRECISION=self.precision,
+            _triton.launch(
+                kernels.weights_kernel, programs,
+                (
+                    self.q, self.k, self.bias, self.mask, weights, sums, *counts, self.q.shape[3], weights.shape[3],
+                    self.scale, token_eps, factor, *self._strides(),
+                ),
+                **shared.layout(self.K), **config.launch(), PRECISION=self.precision,
             )  # fmt: skip
         return sums
 
@@ -275,24 +261,29 @@ class _Call:
     ) -> Tensor | None:
         """Fill those given of ``weights``, over total and times `factor`, and ``by_logit``, over the factor of the
         item, both ``[B, H, K, padded]``; return sums of the latter ``[B, H, K, blocks of tokens]``."""
-        grid, config, counts, sums = self._weights_launch(max(self.q.shape[3], v.shape[3]))
+        programs, config, counts, sums = self._weights_launch(max(self.q.shape[3], v.shape[3]))
         like = by_logit if weights is None else weights
         if self.T and like is not None:
-            kernels.logit_gradients_kernel[grid](
-                self.q, self.k, self.bias, self.mask, v, *rows, weights, by_logit, sums if need_sums else None, *counts,
-                self.q.shape[3], v.shape[3], like.shape[3], self.scale, token_eps, factor, *self._strides(),
-                *v.stride(), *rows.grad.stride(), **_layout(self.K), **config.launch(), PRECISION=self.precision,
+            _triton.launch(
+                kernels.logit_gradients_kernel, programs,
+                (
+                    self.q, self.k, self.bias, self.mask, v, *rows, weights, by_logit, sums if need_sums else None,
+                    *counts,
+                    self.q.shape[3], v.shape[3], like.shape[3], self.scale, token_eps, factor, *self._strides(),
+                    *v.stride(), *rows.grad.stride(),
+                ),
+                **shared.layout(self.K), **config.launch(), PRECISION=self.precision,
             )  # fmt: skip
         return sums if need_sums else None
 
-    def _weights_launch(self, D: int) -> tuple[tuple[int], Config, tuple[int, ...], Tensor]:
-        """Grid, tile sizes, the counts among the arguments and memory for sums."""
+    def _weights_launch(self, D: int) -> tuple[int, shared.Config, tuple[int, ...], Tensor]:
+        """Programs, tile sizes, the counts among the arguments and memory for sums."""
         config = weights_config(self.heads, self.K, D, self.q.dtype)
-        head_blocks = triton.cdiv(self.heads, config.rows // _layout(self.K)["SLOTS"])
+        head_blocks = triton.cdiv(self.heads, config.rows // shared.layout(self.K)["SLOTS"])
         token_blocks = triton.cdiv(self.T, config.tokens)
         counts = (head_blocks, token_blocks, self.groups, self.heads, self.K, self.T)
         sums = self.q.new_empty(self.B, self.H, self.K, token_blocks, dtype=torch.float32)
-        return (head_blocks * token_blocks * self.B * self.groups,), config, counts, sums
+        return head_blocks * token_blocks * self.B * self.groups, config, counts, sums
 
     def _strides(self) -> tuple[int, ...]:
         return *self.q.stride(), *self.k.stride(), *_triton.strides(self.bias, 3), *self.mask_strides
@@ -317,24 +308,22 @@ class _Call:
         config = gather_config(rows, D, self.q.dtype)
         row_blocks, feature_blocks = triton.cdiv(rows, config.rows), max(1, triton.cdiv(D, config.block_d))
         programs = row_blocks * feature_blocks * items
-        splits = max(1, min(triton.cdiv(2 * self.programs, programs), self.T // SPLIT_TOKENS))
+        splits = max(1, min(triton.cdiv(2 * self.programs, programs), self.T // shared.SPLIT_TOKENS))
         per_split = max(1, triton.cdiv(self.T, splits * config.tokens)) * config.tokens
         splits = max(1, triton.cdiv(self.T, per_split))
         token_blocks = 0 if sums is None else sums.shape[3]
         into = out if splits == 1 else out.new_empty(splits, items * rows, D, dtype=torch.float32)
-        kernels.gather_kernel[(programs * splits,)](
-            weights, tokens, self.mask, factors, sums, into, total, row_blocks, feature_blocks, splits, items,
-            self.groups, rows, self.K, self.T, D, weights.shape[3], token_blocks, per_split, factor, eps,
-            *tokens.stride(), *self.mask_strides, *out.stride(), SPLIT=splits > 1, PRECISION=self.precision,
-            **config.launch(),
+        _triton.launch(
+            kernels.gather_kernel, programs * splits,
+            (
+                weights, tokens, self.mask, factors, sums, into, total, row_blocks, feature_blocks, splits, items,
+                self.groups, rows, self.K, self.T, D, weights.shape[3], token_blocks, per_split, factor, eps,
+                *tokens.stride(), *self.mask_strides, *out.stride(),
+            ),
+            SPLIT=splits > 1, PRECISION=self.precision, **config.launch(),
         )  # fmt: skip
         if splits > 1:
-            block = _rows_block(D)
-            feature_blocks = max(1, triton.cdiv(D, block["BLOCK_D"]))
-            kernels.combine_kernel[(triton.cdiv(items * rows, block["ROWS"]) * feature_blocks,)](
-                into, sums, out, total, feature_blocks, splits, items * rows, self.H, self.K, D, token_blocks, eps,
-                *out.stride(), **block,
-            )  # fmt: skip
+            shared.combine(into, sums, out, total, splits, token_blocks, eps)
 
     def spread(self, weights: Tensor, slots: Tensor, out: Tensor, factor: float, factors: Tensor | None = None) -> None:
         """Fill ``out [B, G, T, D]`` with sums over slots ``[B, H, K, D]``, times `factor` and that of the item."""
@@ -342,10 +331,13 @@ class _Call:
         config = spread_config(rows, D, self.q.dtype)
         feature_blocks, token_blocks = triton.cdiv(D, config.block_d), triton.cdiv(self.T, config.tokens)
         if out.numel():
-            kernels.spread_kernel[(feature_blocks * token_blocks * self.B * self.groups,)](
-                weights, slots, self.mask, factors, out, feature_blocks, token_blocks, self.groups, rows, self.K,
-                self.T, D, weights.shape[3], factor, *slots.stride(), *self.mask_strides, PRECISION=self.precision,
-                **config.launch(),
+            _triton.launch(
+                kernels.spread_kernel, feature_blocks * token_blocks * self.B * self.groups,
+                (
+                    weights, slots, self.mask, factors, out, feature_blocks, token_blocks, self.groups, rows, self.K,
+                    self.T, D, weights.shape[3], factor, *slots.stride(), *self.mask_strides,
+                ),
+                PRECISION=self.precision, **config.launch(),
             )  # fmt: skip
 
 
@@ -353,25 +345,15 @@ def _delta(grad: Tensor, out: Tensor) -> Tensor:
     """``grad . out [B, H, K]``."""
     _, H, K, D = grad.shape
     delta = grad.new_empty(grad.shape[:3], dtype=torch.float32)
-    block = _rows_block(D)
-    kernels.delta_kernel[(triton.cdiv(delta.numel(), block["ROWS"]),)](
-        grad, out, delta, delta.numel(), H, K, D, *grad.stride(), *out.stride(), **block
-    )
+    block = shared.rows_block(D)
+    _triton.launch(
+        kernels.delta_kernel, triton.cdiv(delta.numel(), block["ROWS"]),
+        (
+            grad, out, delta, delta.numel(), H, K, D, *grad.stride(), *out.stride(),
+        ),
+        **block,
+    )  # fmt: skip
     return delta
-
-
-def _rows_block(D: int) -> dict[str, int]:
-    """What a program that sums over rows or splits takes at a time: about 1024 numbers."""
-    block_d = _block_d(D, 256)
-    return {"ROWS": 1024 // block_d, "BLOCK_D": block_d}
-
-
-def _factors(grad: Tensor) -> Tensor:
-    """For each item a power of two above its largest upstream gradient; 1 where that is not finite."""
-    if not grad.numel():
-        return grad.new_ones(len(grad), dtype=torch.float32)
-    largest = torch.linalg.vector_norm(grad, ord=math.inf, dim=(1, 2, 3), dtype=torch.float32)
-    return torch.where(largest.isfinite(), torch.frexp(largest).exponent.float(), 0.0).exp2()
 
 
 # --- ahead of time
@@ -382,8 +364,8 @@ def configs(heads: int, K: int, D: int, dtype: torch.dtype, masked: bool = False
 
     For all gradients, with a bias where there is a mask, Dk = Dv = D, and inputs whose features are adjacent."""
     name = _triton.NAMES[dtype]
-    inputs = ("q", "k", "v", "bias", "grad", "out", "tokens", "slots", "weights", "logit_gradients")
-    types = dict.fromkeys(inputs, f"*{name}") | {"mask": "*i1"}
+    inputs = ("q", "k", "v", "bias", "grad", "out", "tokens", "slots", "weights", "logit_gradients", "grad_q")
+    types = dict.fromkeys((*inputs, "grad_k", "grad_v"), f"*{name}") | {"mask": "*i1"}
     types |= dict.fromkeys(("delta", "total", "factors", "sums", "partial", "partial_sums"), "*fp32")
     types |= dict.fromkeys(("scale", "token_eps", "factor", "eps"), "fp32")
     adjacent = {f"{key}_stride_d": 1 for key in inputs} | {"mask_stride_t": 1, "bias_stride_k": 1}
@@ -391,20 +373,29 @@ def configs(heads: int, K: int, D: int, dtype: torch.dtype, masked: bool = False
     unscaled = {} if dtype == torch.float16 else {"factors": None}
     aligned = {f"{key}_stride_{axis}" for key in inputs for axis in "bhgkt"} | {"padded", "per_split"}
     aligned |= {"D", "Dv"} if D % 16 == 0 else set()
-    shared = {**adjacent, **absent, "PRECISION": "ieee"}
+    every = {**adjacent, **absent, "PRECISION": "ieee"}
 
     def build(kernel: Any, constants: dict[str, Any], launch: dict[str, Any], **others: str) -> _triton.Build:
         on_tensor_cores = "PRECISION" in kernel.arg_names and dtype != torch.float32
-        return _triton.build(kernel, types | others, shared | constants, launch, aligned, on_tensor_cores)
+        return _triton.build(kernel, types | others, every | constants, launch, aligned, on_tensor_cores)
 
-    config, layout = weights_config(heads, K, D, dtype), _layout(K)
+    config, layout = weights_config(heads, K, D, dtype), shared.layout(K)
     yield build(kernels.weights_kernel, layout, config.launch())
     yield build(kernels.logit_gradients_kernel, layout | unscaled, config.launch())
-    yield build(kernels.delta_kernel, {}, _rows_block(D))
+    yield build(kernels.delta_kernel, {}, shared.rows_block(D))
     mean, plain = {"factors": None}, {"sums": None, "total": None} | unscaled
     for kind in (mean, plain):
         config = gather_config(heads * K, D, dtype)
         yield build(kernels.gather_kernel, kind | {"SPLIT": False}, config.launch())
         yield build(kernels.gather_kernel, kind | {"SPLIT": True}, config.launch(), out="*fp32")
-        yield build(kernels.combine_kernel, kind, _rows_block(D))
+        yield build(kernels.combine_kernel, kind, shared.rows_block(D))
     yield build(kernels.spread_kernel, unscaled, spread_config(heads * K, D, dtype).launch())
+    for T in (4096, 36):
+        for backward, kernel in enumerate((fused_kernels.fused_forward_kernel, fused_kernels.fused_backward_kernel)):
+            one_pass = fused.config_of(heads, K, T, D, dtype, bool(backward))
+            if one_pass is None or (T == 36 and one_pass.block_d >= D):
+                continue
+            for split in (False, True)[: 1 + (one_pass.tokens < T)]:
+                flags = layout | {"SPLIT": split, "ONE_BLOCK": one_pass.block_d >= D} | (unscaled if backward else {})
+                sums = {"grad_q" if backward else "out": "*fp32"} if split else {}
+                yield build(kernel, flags, one_pass.launch(), **sums)

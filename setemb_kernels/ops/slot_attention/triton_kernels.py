@@ -11,6 +11,8 @@ import math
 import triton
 import triton.language as tl
 
+from setemb_kernels._triton_products import add_product
+
 # A @triton.jit function may read a module's constants only as tl.constexpr.
 _LOG2_E = tl.constexpr(1 / math.log(2))
 
@@ -48,7 +50,7 @@ def _products(
         feature = (start + d).to(tl.int64)
         a = tl.load(rows[:, None] + feature * row_stride_d, mask=row_exists[:, None] & inside, other=0)
         b = tl.load(tokens[:, None] + feature * token_stride_d, mask=token_valid[:, None] & inside, other=0)
-        products = tl.dot(a, b.T, products, input_precision=PRECISION)
+        products = add_product(products, a, b.T, PRECISION)
     return products
 
 
@@ -276,7 +278,7 @@ def gather_kernel(
         )
         valid = _valid_tokens(mask, b, t, end, mask_stride_b, mask_stride_t)
         block = tl.load(source + t[:, None] * tokens_stride_t, mask=valid[:, None] & (d < D), other=0)
-        values = tl.dot(w, block, values, input_precision=PRECISION)
+        values = add_product(values, w, block, PRECISION)
     if factors is not None:
         factor *= tl.load(factors + b)
     values *= factor
@@ -349,7 +351,7 @@ def spread_kernel(
         w = tl.load(columns + row * padded, mask=(row < rows) & (t < padded)[None, :], other=0)
         place = source + row // K * slots_stride_h + row % K * slots_stride_k
         block = tl.load(place, mask=(row < rows) & (d < D), other=0)
-        values = tl.dot(w.T, block, values, input_precision=PRECISION)
+        values = add_product(values, w.T, block, PRECISION)
     if factors is not None:
         factor *= tl.load(factors + b)
     valid = _valid_tokens(mask, b, t, T, mask_stride_b, mask_stride_t)

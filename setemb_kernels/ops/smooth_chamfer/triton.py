@@ -1,7 +1,7 @@
 """Smooth-Chamfer on a GPU, in Triton: the host side. `triton_kernels` has the kernels, `reference` the maths.
 
     pack_kernel      x, y -> packed operands ``[rows, features]`` in tile order, masked vectors zero, features padded;
-                     and per set: weight 1 / (2 |X|), longest vector, exponent
+                     and per set: weight 1 / (2 |X|), longest vector, exponent; their maxima, and that of the gradient
     forward_kernel   packed operands -> similarity ``[N, M]``
     weights_kernel   packed operands, upstream gradient -> a chunk of W = g ds/dc, and partial sums for d/dalpha
     torch.addmm      dX += W Y, dY += W^T X, accumulated in float32
@@ -51,6 +51,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from setemb_kernels import _triton
 from setemb_kernels.ops.smooth_chamfer import triton_kernels as kernels
+from setemb_kernels.ops.smooth_chamfer import triton_packing as packing
 
 # --- tile sizes
 
@@ -78,11 +79,15 @@ class Config(NamedTuple):
         }
 
 
-WORKSPACE_BYTES = 64 << 20
-"""What the backward pass allocates for chunks of W and their products."""
+WORKSPACE_BYTES = 512 << 20
+"""What the backward pass allocates at most for chunks of W and their products; see `workspace_bytes`."""
 
-CHUNK_COLUMNS = 4096
-"""Columns of a chunk of W: with 4096 rows, 32 MiB in 16 bits, products of D = 1024 make 128 tiles of 128 x 256 each."""
+CHUNK_COLUMNS = 16384
+"""Columns of a chunk of W: with 8192 rows, 256 MiB in 16 bits. Measured on an H100, N = M = 8192, K = L = 4: chunks of
+4096 x 4096, which stay in the cache, took 1.3 x (D = 1024) to 3.4 x the time (D = 128), for their many launches."""
+
+GRADIENT_BLOCK = (16, 512)
+"""What a program looks through for the largest upstream gradient."""
 
 MAX_VECTORS = (256, 128)
 """The larger and the smaller of K and L may be at most this, so that a tile holds whole sets. The sizes in
@@ -145,9 +150,10 @@ def forward(
         call = _Call(x, y, alpha, x_mask, y_mask, forward_config)
         out = x.new_empty(N, M, dtype=dtype)
         for shifted, config in enumerate(call.configs):
-            tiles = call.tiles(config, len(call.x.rows), len(call.y.rows))
-            kernels.forward_kernel[call.grid(config, *tiles)](
-                *call.operands(config), out, call.alpha, N, M, call.features, call.x.sets, call.y.sets, *tiles,
+            tiles = call.tiles(config, call.x.height, call.y.height)
+            _triton.launch(
+                kernels.forward_kernel, call.programs_for(config, *tiles),
+                (*call.operands(config), out, call.alpha, N, M, call.features, call.x.sets, call.y.sets, *tiles),
                 SHIFTED=bool(shifted), LIMIT=torch.finfo(dtype).max, **call.constants, **config.launch(),
             )  # fmt: skip
     return out
@@ -166,7 +172,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, y and alpha from the upstream ``grad [N, M]``; one that is not needed comes back empty ``[0]``.
 
-    That of alpha is on the device of x. Memory beyond inputs and outputs: packed copies of x and y, `WORKSPACE_BYTES`,
+    That of alpha is on the device of x. Memory beyond inputs and outputs: packed copies of x and y, `workspace_bytes`,
     and, if both x and y need a gradient, one of the two (the smaller) in float32.
     """
     (N, K), (M, L) = x.shape[:2], y.shape[:2]
@@ -180,57 +186,63 @@ def backward(
     if 0 in (N, M, K, L) or not (need_x or need_y or need_alpha):
         return grad_x, grad_y, grad_alpha
     with torch.cuda.device_of(x):
-        call = _Call(x, y, alpha, x_mask, y_mask, backward_config)
+        call = _Call(x, y, alpha, x_mask, y_mask, backward_config, grad)
         if need_alpha:  # which the unshifted variant does not compute
             call.configs = [call.configs[1]] * 2
-        part_rows, part_columns = call.configs[1].rows, call.configs[1].part
-        exponents = _exponents(grad, call)
-        alpha_parts = grad.new_empty(
-            (len(call.x.rows) // part_rows, len(call.y.rows) // part_columns) if need_alpha else 1, dtype=torch.float32
-        )
-        height, width = call.chunk_shape() if need_x or need_y else (len(call.x.rows), len(call.y.rows))
-        chunk = x.new_empty(height * width if need_x or need_y else 1)
-        x_sum = chunk.new_empty(height if need_x else 0, call.features, dtype=torch.float32)
-        y_sum = chunk.new_empty(len(call.y.rows) if need_y else 0, call.features, dtype=torch.float32)
-        for top in range(0, len(call.x.rows), height):
-            x_rows = call.x.rows[top : top + height]
-            for left in range(0, len(call.y.rows), width):
-                y_rows = call.y.rows[left : left + width]
-                for shifted, config in enumerate(call.configs):
-                    if need_alpha and not shifted:
-                        continue
-                    tiles = call.tiles(config, len(x_rows), len(y_rows))
-                    kernels.weights_kernel[call.grid(config, *tiles)](
-                        *call.operands(config), grad, exponents, chunk, alpha_parts,
-                        call.alpha, N, M, call.features, call.x.sets, call.y.sets, *grad.stride(),
-                        *call.tiles(config, top, left), *tiles, len(call.y.rows) // config.part, SHIFTED=bool(shifted),
-                        NEED_CHUNK=need_x or need_y, NEED_ALPHA=need_alpha, **call.constants, **config.launch(),
-                    )  # fmt: skip
-                if need_x or need_y:
-                    w = chunk[: len(x_rows) * len(y_rows)].view(len(x_rows), len(y_rows))
-                if need_x:
-                    _add_product(x_sum[: len(x_rows)], w, y_rows, first=left == 0)
-                if need_y:
-                    _add_product(y_sum[left : left + width], w.T, x_rows, first=top == 0)
-            if need_x:
-                _unpack(x_sum, call.x, x_mask, exponents, grad_x, top // call.x.slots, len(x_rows) // call.x.slots)
-        if need_y:
-            _unpack(y_sum, call.y, y_mask, exponents, grad_y, 0, call.y.sets)
+        alpha_parts = None
         if need_alpha:
-            grad_alpha = _alpha_gradient(alpha_parts, exponents, alpha)
+            shape = call.x.height // call.configs[1].rows, call.y.height // call.configs[1].part
+            alpha_parts = grad.new_empty(shape, dtype=torch.float32)
+        if not (need_x or need_y):
+            call.weights(grad, None, alpha_parts, slice(0, call.x.height), slice(0, call.y.height))
+        else:
+            _add_chunks(grad, call, alpha_parts, grad_x if need_x else None, grad_y if need_y else None)
+        if alpha_parts is not None:
+            grad_alpha = _alpha_gradient(alpha_parts, call.stats[packing.GRADIENT.value], alpha)
     return grad_x, grad_y, grad_alpha
+
+
+def _add_chunks(
+    grad: Tensor, call: _Call, alpha_parts: Tensor | None, grad_x: Tensor | None, grad_y: Tensor | None
+) -> None:
+    """W by chunks, each used for both products. Gradients of x are complete with each band of rows."""
+    x, y = call.x, call.y
+    height, width = call.chunk_shape()
+    chunk = x.rows.new_empty(height * width)
+    x_sum = None if grad_x is None else chunk.new_empty(height, call.features, dtype=torch.float32)
+    y_sum = None if grad_y is None else chunk.new_empty(y.height, call.features, dtype=torch.float32)
+    for top in range(0, x.height, height):
+        bottom = min(top + height, x.height)
+        for left in range(0, y.height, width):
+            right = min(left + width, y.height)
+            w = chunk[: (bottom - top) * (right - left)].view(bottom - top, right - left)
+            call.weights(grad, w, alpha_parts, slice(top, bottom), slice(left, right))
+            if x_sum is not None:
+                _add_product(x_sum[: bottom - top], w, y.rows[left:right], first=left == 0)
+            if y_sum is not None:
+                _add_product(y_sum[left:right], w.T, x.rows[top:bottom], first=top == 0)
+        is_last = bottom == x.height
+        call.unpack(x_sum, grad_x, top // x.slots, bottom // x.slots, y_sum if is_last else None, grad_y)
 
 
 class _Packed(NamedTuple):
     """One packed operand."""
 
-    rows: Tensor  # [sets * slots, features], tile order
-    valid: Tensor  # [sets * slots] int8
-    stats: Tensor  # [3, sets]
-    peak: Tensor  # [3]
+    rows: Tensor
+    """``[sets * slots, features]``, in tile order."""
+    valid: Tensor | None
+    """``[sets * slots]`` int8; None where all are."""
+    mask: Tensor | None
     sets: int
     slots: int
     group: int
+    block: dict[str, int]
+    """What a program packs and unpacks at a time; see `_block`."""
+
+    @property
+    def height(self) -> int:
+        """How many rows."""
+        return self.sets * self.slots
 
 
 class _Call:
@@ -244,8 +256,10 @@ class _Call:
         x_mask: Tensor | None,
         y_mask: Tensor | None,
         configure: Callable[..., Config],
+        grad: Tensor | None = None,
     ) -> None:
-        (_, K, D), (_, L, _) = x.shape, y.shape
+        (self.N, K, D), (self.M, L, _) = x.shape, y.shape
+        self.K, self.L, self.D = K, L, D
         larger, smaller = MAX_VECTORS
         if max(K, L) > larger or min(K, L) > smaller:
             raise ValueError(f"x, y: expected sets of at most {larger} and {smaller} vectors on a GPU, got {K} and {L}")
@@ -254,46 +268,124 @@ class _Call:
         rows = max(config.rows for config in self.configs)
         _, columns, part, block_d, *_ = self.configs[0]
         slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
-        self.x = _pack(x, x_mask, slots_x, max(1, 16 // slots_x), rows, block_d)
-        self.y = _pack(y, y_mask, slots_y, part // slots_y, columns, block_d)
-        self.features = self.x.rows.shape[1]
+        self.features = triton.cdiv(max(D, 1), block_d) * block_d
+        is_masked = x_mask is not None or y_mask is not None or (slots_x, slots_y) != (K, L)
+        self.x = _place(x, x_mask, is_masked, slots_x, max(1, 16 // slots_x), rows, self.features)
+        self.y = _place(y, y_mask, is_masked, slots_y, part // slots_y, columns, self.features)
+        self.stats = x.new_zeros(packing.PEAKS.value + 3 * (self.x.sets + self.y.sets), dtype=torch.float32)
+        self.layout = {
+            f"{side}_{name}": value
+            for side, operand in (("X", self.x), ("Y", self.y))
+            for name, value in {"SLOTS": operand.slots, "GROUP": operand.group, **operand.block}.items()
+        }
+        self._pack(x, y, grad)
         self.alpha = min(float(alpha), torch.finfo(torch.float32).max) if _on_host(alpha) else alpha
         self.constants = {
             "K": slots_x,
             "L": slots_y,
             "GROUP": self.x.group,
-            "MASKED": x_mask is not None or y_mask is not None or (slots_x, slots_y) != (K, L),
+            "MASKED": is_masked,
             "ALPHA_ON_DEVICE": isinstance(self.alpha, Tensor),
             "PRECISION": _triton.precision(),
         }
 
+    def _pack(self, x: Tensor, y: Tensor, grad: Tensor | None) -> None:
+        """Fill the packed operands and `stats`."""
+        x_programs, y_programs = (operand.sets // operand.block["SETS"] for operand in (self.x, self.y))
+        rows, columns, strides, grad_programs = 0, 0, (0, 0), 0
+        if grad is not None:
+            rows, columns = grad.shape
+            strides = grad.stride(0), grad.stride(1)
+            if strides[0] < strides[1]:  # neighbours in memory go to neighbours in a program
+                rows, columns, strides = columns, rows, (strides[1], strides[0])
+            grad_programs = triton.cdiv(rows, GRADIENT_BLOCK[0]) * triton.cdiv(columns, GRADIENT_BLOCK[1])
+        x_mask, y_mask = self.x.mask, self.y.mask
+        _triton.launch(
+            packing.pack_kernel, x_programs + y_programs + grad_programs,
+            (
+                x, y, grad, x_mask, y_mask, self.x.rows, self.y.rows, self.x.valid, self.y.valid, self.stats,
+                x_programs, y_programs, self.N, self.K, self.M, self.L, self.D, self.features,
+                self.x.sets, self.y.sets, *x.stride(), *y.stride(),
+                *_triton.strides(x_mask, 2), *_triton.strides(y_mask, 2), rows, columns, *strides,
+            ),
+            **self.layout, LARGEST_EXPONENT=_largest_exponent(self.features),
+            GRAD_ROWS=GRADIENT_BLOCK[0], GRAD_COLUMNS=GRADIENT_BLOCK[1], enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def weights(self, grad: Tensor, chunk: Tensor | None, alpha_parts: Tensor | None, x: slice, y: slice) -> None:
+        """A chunk of W, of rows x and columns y."""
+        for shifted, config in enumerate(self.configs):
+            if alpha_parts is not None and not shifted:
+                continue
+            first = self.tiles(config, x.start, y.start)
+            tiles = self.tiles(config, x.stop - x.start, y.stop - y.start)
+            target = chunk
+            if chunk is not None and config.bulk:
+                target = TensorDescriptor.from_tensor(chunk, [config.rows, config.part])
+            _triton.launch(
+                kernels.weights_kernel, self.programs_for(config, *tiles),
+                (
+                    *self.operands(config), grad, target, alpha_parts, self.alpha, self.N, self.M, self.features,
+                    self.x.sets, self.y.sets, *grad.stride(), *first, *tiles, self.y.height // config.part,
+                ),
+                SHIFTED=bool(shifted), NEED_CHUNK=chunk is not None, NEED_ALPHA=alpha_parts is not None,
+                **self.constants, **config.launch(),
+            )  # fmt: skip
+
+    def unpack(
+        self, x_sum: Tensor | None, grad_x: Tensor | None, first: int, last: int, y_sum: Tensor | None,
+        grad_y: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Write sums in tile order, those of x from set `first` on, to the gradients; those that are not None."""
+        x_programs = 0 if x_sum is None else triton.cdiv(max(0, min(last, self.N) - first), self.x.block["SETS"])
+        y_programs = 0 if y_sum is None else triton.cdiv(self.M, self.y.block["SETS"])
+        if not (x_programs + y_programs) or not self.D:
+            return
+        x_mask, y_mask = self.x.mask, self.y.mask
+        _triton.launch(
+            packing.unpack_kernel, x_programs + y_programs,
+            (
+                x_sum, y_sum, x_mask, y_mask, self.stats, grad_x, grad_y, x_programs, first, min(last, self.N), self.M,
+                self.K, self.L, self.D, self.features, self.x.sets, self.y.sets,
+                *_triton.strides(x_mask, 2), *_triton.strides(y_mask, 2),
+            ),
+            **self.layout, enable_fp_fusion=True,
+        )  # fmt: skip
+
     def operands(self, config: Config) -> tuple[Any, ...]:
         """The first arguments of both kernels."""
-        x, y = self.x, self.y
-        rows: list[Any] = [x.rows, y.rows]
+        rows: list[Any] = [self.x.rows, self.y.rows]
         if config.bulk:
             rows = [
                 TensorDescriptor.from_tensor(v, [size, config.block_d])
                 for v, size in zip(rows, (config.rows, config.columns), strict=True)
             ]
-        return *rows, x.valid, y.valid, x.stats, y.stats, x.peak, y.peak
+        return *rows, self.x.valid, self.y.valid, self.stats
 
     @staticmethod
     def tiles(config: Config, rows: int, columns: int) -> tuple[int, int]:
         """How many tiles make up so many rows and columns."""
         return rows // config.rows, columns // config.columns
 
-    def grid(self, config: Config, row_tiles: int, column_tiles: int) -> tuple[int]:
+    def programs_for(self, config: Config, row_tiles: int, column_tiles: int) -> int:
         """A program for each multiprocessor where the loop over tiles is pipelined, else for each tile."""
         tiles = row_tiles * column_tiles
-        return (min(tiles, self.programs) if config.flatten else tiles,)
+        return min(tiles, self.programs) if config.flatten else tiles
 
     def chunk_shape(self) -> tuple[int, int]:
-        """Rows and columns of a chunk of W: half of `WORKSPACE_BYTES` for it and half for the sum over its columns."""
+        """Rows and columns of a chunk of W: half of the workspace for it and half for the sum over its columns."""
         rows, columns = max(config.rows for config in self.configs), self.configs[0].columns
-        width = min(len(self.y.rows), CHUNK_COLUMNS)
-        height = WORKSPACE_BYTES // 2 // max(width * self.x.rows.element_size(), self.features * 4)
-        return min(len(self.x.rows), max(rows, height // rows * rows)), max(columns, width // columns * columns)
+        width = min(self.y.height, CHUNK_COLUMNS)
+        room = workspace_bytes(self.stats.device) // 2
+        height = room // max(width * self.x.rows.element_size(), self.features * 4)
+        return min(self.x.height, max(rows, height // rows * rows)), max(columns, width // columns * columns)
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """`WORKSPACE_BYTES`, or a hundredth of the memory of a smaller device."""
+    if device.type == "cpu":
+        return WORKSPACE_BYTES
+    return min(WORKSPACE_BYTES, torch.cuda.get_device_properties(device).total_memory // 100)
 
 
 def _on_host(alpha: Tensor) -> bool:
@@ -301,43 +393,25 @@ def _on_host(alpha: Tensor) -> bool:
     return alpha.device.type == "cpu"
 
 
-def _pack(v: Tensor, mask: Tensor | None, slots: int, group: int, rows: int, block_d: int) -> _Packed:
-    """v in tile order, padded to whole tiles of `rows` rows and whole blocks of `block_d` features."""
-    N, K, D = v.shape
-    sets = triton.cdiv(N * slots, rows) * rows // slots
-    features = triton.cdiv(max(D, 1), block_d) * block_d
+def _place(
+    v: Tensor, mask: Tensor | None, is_masked: bool, slots: int, group: int, rows: int, features: int
+) -> _Packed:
+    """Memory for v in tile order, padded to whole tiles of `rows` rows and to `features`."""
+    sets = triton.cdiv(len(v) * slots, rows) * rows // slots
+    valid = v.new_empty(sets * slots, dtype=torch.int8) if is_masked else None
     packed = v.new_empty(sets * slots, features)
-    valid = v.new_empty(sets * slots, dtype=torch.int8)
-    stats = v.new_empty(3, sets, dtype=torch.float32)
-    block = _block(slots, features, sets)
-    kernels.pack_kernel[(sets // block["SETS"],)](
-        v, mask, packed, valid, stats, N, K, D, features, sets, *v.stride(), *_triton.strides(mask, 2),
-        HAS_MASK=mask is not None, SLOTS=slots, GROUP=group, **block,
-        LARGEST_EXPONENT=(124 - math.ceil(math.log2(features))) // 2, enable_fp_fusion=True,
-    )  # fmt: skip
-    return _Packed(packed, valid, stats, stats.amax(1), sets, slots, group)
-
-
-def _unpack(
-    sums: Tensor, like: _Packed, mask: Tensor | None, exponents: Tensor, out: Tensor, first: int, sets: int
-) -> None:
-    """Write sums ``[sets * slots, features]`` to ``out [N, K, D]``, from set `first` on."""
-    N, K, D = out.shape
-    if first >= N or D == 0:
-        return
-    block = _block(like.slots, sums.shape[1], like.sets)
-    last = min(N, first + sets)
-    kernels.unpack_kernel[(triton.cdiv(last - first, block["SETS"]),)](
-        sums, mask, like.stats, exponents, out, first, last, K, D, sums.shape[1], like.sets, *_triton.strides(mask, 2),
-        HAS_MASK=mask is not None, SLOTS=like.slots, GROUP=like.group, **block,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    return _Packed(packed, valid, mask, sets, slots, group, _block(slots, features, sets))
 
 
 def _block(slots: int, features: int, sets: int) -> dict[str, int]:
     """What one program packs or unpacks at a time: about 4096 numbers, of as many sets as divide `sets`."""
-    block_d = min(_triton.next_power_of_two(features), max(16, 4096 // slots))
-    return {"SETS": math.gcd(max(1, 4096 // (slots * block_d)), sets), "BLOCK_D": block_d}
+    block = min(_triton.next_power_of_two(features), max(16, 4096 // slots))
+    return {"SETS": math.gcd(max(1, 4096 // (slots * block)), sets), "BLOCK": block}
+
+
+def _largest_exponent(features: int) -> int:
+    """Of packed numbers, so that no dot product of so many overflows."""
+    return (124 - math.ceil(math.log2(features))) // 2
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -349,18 +423,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
 
 
-def _exponents(grad: Tensor, call: _Call) -> Tensor:
-    """``[2]`` int32: e of ``max |grad| < 2^e``, 0 if that is not finite; and its sum with the exponents of x and y."""
-    largest = torch.linalg.vector_norm(grad, ord=math.inf, dtype=torch.float32)
-    exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0)
-    both = (call.x.peak[2] + call.y.peak[2]).to(torch.int32)
-    return torch.stack([exponent, exponent + both]).to(torch.int32)
-
-
-def _alpha_gradient(parts: Tensor, exponents: Tensor, alpha: Tensor) -> Tensor:
-    """From sums of entropy (in bits) times gradient (divided by a power of two); on the device of parts."""
+def _alpha_gradient(parts: Tensor, largest: Tensor, alpha: Tensor) -> Tensor:
+    """From sums of entropy (in bits) times gradient (divided by a power of two above the largest); on the device of
+    parts."""
     sharpness: Any = float(alpha) if _on_host(alpha) else alpha.double()
-    total = parts.sum(dtype=torch.float64) * exponents[0].double().exp2() * -math.log(2)
+    bits = largest.view(torch.int32) >> 23  # as `triton_packing.gradient_exponent`
+    exponent = torch.where(bits < 255, bits - 126, 0)
+    total = parts.sum(dtype=torch.float64) * exponent.double().exp2() * -math.log(2)
     gradient: Tensor = total / sharpness / sharpness
     return gradient.to(alpha.dtype)
 
@@ -371,38 +440,58 @@ def _alpha_gradient(parts: Tensor, exponents: Tensor, alpha: Tensor) -> Tensor:
 def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool = False) -> Iterator[_triton.Build]:
     """Every kernel that forward and backward launch for such sets on such a chip; with masks, for a wide result."""
     slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
-    group = max(1, 16 // slots_x)
+    group, part = max(1, 16 // slots_x), forward_config(K, L, D, dtype, arch).part
     limit = torch.finfo(dtype).max
-    shared = {"K": slots_x, "L": slots_y, "GROUP": group, "PRECISION": "ieee", "ALPHA_ON_DEVICE": False}
+    shared: dict[str, Any] = {"K": slots_x, "L": slots_y, "GROUP": group, "PRECISION": "ieee", "ALPHA_ON_DEVICE": False}
     shared["MASKED"] = masked or (slots_x, slots_y) != (K, L)
-    block = _block(slots_x, triton.cdiv(D, 64) * 64, 4096)
-    layout = {"HAS_MASK": masked, "SLOTS": slots_x, "GROUP": group, **block}
-    yield _build(kernels.pack_kernel, dtype, {**layout, "LARGEST_EXPONENT": 56, "stride_d": 1}, {})
-    yield _build(kernels.unpack_kernel, dtype, layout, {})
+    layout: dict[str, Any] = {
+        f"{side}_{name}": value
+        for side, slots, sets_a_group in (("X", slots_x, group), ("Y", slots_y, part // slots_y))
+        for name, value in {
+            "SLOTS": slots,
+            "GROUP": sets_a_group,
+            **_block(slots, triton.cdiv(D, 64) * 64, 4096),
+        }.items()
+    }
+    gradient = {"GRAD_ROWS": GRADIENT_BLOCK[0], "GRAD_COLUMNS": GRADIENT_BLOCK[1], "column_stride": 1}
+    adjacent = {"x_stride_d": 1, "y_stride_d": 1}
+    for absent in ((), ("grad",)):
+        constants = {**layout, **gradient, **adjacent, **dict.fromkeys(absent), "LARGEST_EXPONENT": 56}
+        yield _build(packing.pack_kernel, dtype, constants, {}, shared["MASKED"], masked)
+    yield _build(packing.unpack_kernel, dtype, layout, {}, shared["MASKED"], masked)
     for shifted in (False, True):
         config = forward_config(K, L, D, dtype, arch, shifted)
         constants = {**shared, "SHIFTED": shifted, "LIMIT": limit}
-        yield _build(kernels.forward_kernel, dtype, constants, config.launch(), wide=masked)
+        yield _build(kernels.forward_kernel, dtype, constants, config.launch(), shared["MASKED"], masked)
         for need_alpha in (False, True)[: 1 + shifted]:
             config = backward_config(K, L, D, dtype, arch, shifted)
             constants = {**shared, "SHIFTED": shifted, "NEED_CHUNK": True, "NEED_ALPHA": need_alpha, "stride_m": 1}
-            yield _build(kernels.weights_kernel, dtype, constants, config.launch(), wide=masked)
+            constants |= {} if need_alpha else {"alpha_parts": None}
+            yield _build(kernels.weights_kernel, dtype, constants, config.launch(), shared["MASKED"], masked)
 
 
 def _build(
-    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any], wide: bool = False
+    kernel: Any,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    launch: dict[str, Any],
+    has_valid: bool,
+    has_masks: bool,
 ) -> _triton.Build:
+    """With masks, for a wide result."""
     name = _triton.NAMES[dtype]
-    types = {"mask": "*i1", "valid": "*i8", "x_valid": "*i8", "y_valid": "*i8", "exponents": "*i32", "alpha": "fp32"}
-    types |= dict.fromkeys(("stats", "x_stats", "y_stats", "x_peak", "y_peak", "alpha_parts"), "*fp32")
-    types |= dict.fromkeys(("v", "x", "y", "out", "grad", "chunk"), f"*{name}")
-    if wide:
+    types = {"x_valid": "*i8", "y_valid": "*i8", "alpha": "fp32", "x_mask": "*i1", "y_mask": "*i1"}
+    types |= dict.fromkeys(("stats", "alpha_parts", "x_sums", "y_sums"), "*fp32")
+    arrays = ("x", "y", "out", "grad", "chunk", "x_packed", "y_packed", "x_grad", "y_grad")
+    types |= dict.fromkeys(arrays, f"*{name}")
+    if has_masks:
         types |= {"out": "*fp32", "grad": "*fp32"}
-    types["packed"] = "*fp32" if kernel is kernels.unpack_kernel else f"*{name}"
     if launch.get("BULK"):
-        for key, rows in (("x", "ROWS"), ("y", "COLUMNS")):
-            types[key] = f"tensordesc<{name}[{launch[rows]},{launch['BLOCK_D']}]>"
-    if not constants.get("HAS_MASK"):
-        constants = constants | {"mask": None}
+        for key, rows, columns in (("x", "ROWS", "BLOCK_D"), ("y", "COLUMNS", "BLOCK_D"), ("chunk", "ROWS", "PART")):
+            types[key] = f"tensordesc<{name}[{launch[rows]},{launch[columns]}]>"
+    if not has_valid:
+        constants = constants | {"x_valid": None, "y_valid": None}
+    if not has_masks:
+        constants = constants | {"x_mask": None, "y_mask": None}
     on_tensor_cores = "SHIFTED" in constants and dtype != torch.float32
     return _triton.build(kernel, types, constants, launch, {"features"}, on_tensor_cores)

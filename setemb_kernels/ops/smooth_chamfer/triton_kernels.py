@@ -12,6 +12,17 @@ import math
 import triton
 import triton.language as tl
 
+from setemb_kernels._triton_products import add_product
+from setemb_kernels.ops.smooth_chamfer.triton_packing import (
+    PEAKS,
+    X_LONGEST,
+    Y_LONGEST,
+    chunk_exponent,
+    gradient_exponent,
+    ldexp,
+    power_of_two,
+)
+
 # A @triton.jit function may read a module's constants only as tl.constexpr.
 _LOG2_E = tl.constexpr(1 / math.log(2))
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
@@ -20,24 +31,9 @@ _UNSHIFTED = tl.constexpr(
     56.0
 )  # 2^-56 <= exp(alpha c) <= 2^56 needs no shift: sums and their inverses are normal numbers
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-WEIGHT_EXPONENT = tl.constexpr(15)  # chunks of W hold |W| <= 2^15, whatever the upstream gradient: fits float16
 
 
 # --- arithmetic
-
-
-@triton.jit
-def _power_of_two(e):
-    """2^e, exactly; e an int32 within [-126, 127], clamped to it."""
-    e = tl.minimum(tl.maximum(e, -126), 127)
-    return ((e + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _ldexp(v, e):
-    """v 2^e in two steps, as 2^e alone may not be representable."""
-    half = e >> 1
-    return v * _power_of_two(half) * _power_of_two(e - half)
 
 
 @triton.jit
@@ -89,12 +85,6 @@ def _sum_of_log2(v, axis: tl.constexpr):
 
 
 @triton.jit
-def _position(set_index, slot, SLOTS: tl.constexpr, GROUP: tl.constexpr):
-    """Row of a packed operand that holds one vector: slot-major within groups of GROUP sets."""
-    return (set_index // GROUP * SLOTS + slot) * GROUP + set_index % GROUP
-
-
-@triton.jit
 def _sharpness(alpha, ALPHA_ON_DEVICE: tl.constexpr):
     """alpha log2(e) and its inverse, both within the range of float32."""
     if ALPHA_ON_DEVICE:
@@ -102,89 +92,6 @@ def _sharpness(alpha, ALPHA_ON_DEVICE: tl.constexpr):
     scale = alpha * _LOG2_E
     inverse = tl.minimum(tl.div_rn(1.0, scale), _FLOAT32_MAX)
     return tl.minimum(tl.maximum(scale, _FLOAT32_SMALLEST), _FLOAT32_MAX), inverse
-
-
-# --- packing
-
-
-@triton.jit
-def pack_kernel(
-    v,  # [N, K, D], any strides
-    mask,  # [N, K] bool, any strides
-    packed,  # [sets * SLOTS, features]
-    valid,  # [sets * SLOTS] int8
-    stats,  # [3, sets] float32: weight, longest vector, exponent
-    N, K, D, features, sets,
-    stride_n, stride_k, stride_d, mask_stride_n, mask_stride_k,
-    HAS_MASK: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, BLOCK_D: tl.constexpr,
-    LARGEST_EXPONENT: tl.constexpr,
-):  # fmt: skip
-    """A program packs SETS sets. Sets past N are packed as sets without valid vectors."""
-    n = tl.program_id(0).to(tl.int64) * SETS + tl.arange(0, SETS)[:, None]  # [SETS, 1]
-    slot = tl.arange(0, SLOTS)[None, :]  # [1, SLOTS]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    is_valid = slot < tl.where(n < N, K, 0)
-    if HAS_MASK:
-        is_valid = tl.load(mask + n * mask_stride_n + slot * mask_stride_k, mask=is_valid, other=0) != 0
-    source = v + (n * stride_n + slot.to(tl.int64) * stride_k)[:, :, None]
-    row = _position(n, slot, SLOTS, GROUP)
-    target = packed + (row * features)[:, :, None] + d
-
-    largest = tl.zeros((SETS, SLOTS, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        inside = is_valid[:, :, None] & (d < D - start)
-        block = tl.load(source + (d + start).to(tl.int64) * stride_d, mask=inside, other=0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(block))
-    bits = tl.max(tl.max(largest, 2), 1, keep_dims=True).to(tl.int32, bitcast=True)  # [SETS, 1]
-    exponent = tl.maximum((bits >> 23) - 126 - LARGEST_EXPONENT, 0)
-    factor = _power_of_two(-exponent)[:, :, None]
-
-    squares = tl.zeros((SETS, SLOTS, BLOCK_D), tl.float32)
-    for start in range(0, features, BLOCK_D):
-        inside = is_valid[:, :, None] & (d < D - start)
-        block = tl.load(source + (d + start).to(tl.int64) * stride_d, mask=inside, other=0).to(tl.float32) * factor
-        squares += block * block
-        tl.store(target + start, block.to(packed.dtype.element_ty), mask=d < features - start)
-    square = tl.sum(squares, 2)
-    finite = tl.sum(square, 1, keep_dims=True) < float("inf")  # false for NaN
-    count = tl.sum(is_valid.to(tl.float32), 1, keep_dims=True)
-    weight = tl.where(count > 0, 0.5 / tl.maximum(count, 1), 0.0)
-    longest = tl.sqrt(tl.max(square, 1, keep_dims=True)) * 1.001  # an upper bound, though squares were rounded
-    tl.store(valid + row, is_valid.to(tl.int8))
-    tl.store(stats + n, tl.where(finite, weight, float("nan")))
-    tl.store(stats + sets + n, tl.where(finite & (exponent == 0), longest, float("inf")))
-    tl.store(stats + 2 * sets + n, exponent.to(tl.float32))
-
-
-@triton.jit
-def unpack_kernel(
-    packed,  # [rows, features] float32
-    mask,  # [N, K] bool
-    stats,  # [3, sets]
-    exponents,  # as in weights_kernel
-    out,  # [N, K, D] contiguous
-    first,  # the set in row 0 of packed
-    last,  # the set after the last one in packed
-    K, D, features, sets, mask_stride_n, mask_stride_k,
-    HAS_MASK: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A program writes the gradients of SETS sets. Out of range they become infinite, as of any other op."""
-    local = tl.program_id(0).to(tl.int64) * SETS + tl.arange(0, SETS)[:, None]
-    n = first + local
-    slot = tl.arange(0, SLOTS)[None, :]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    exists = slot < tl.where(n < last, K, 0)
-    is_valid = exists
-    if HAS_MASK:
-        is_valid = tl.load(mask + n * mask_stride_n + slot * mask_stride_k, mask=exists, other=0) != 0
-    exponent = tl.load(stats + 2 * sets + n, mask=n < last, other=0).to(tl.int32)
-    shift = (tl.load(exponents + 1) - WEIGHT_EXPONENT - exponent)[:, :, None]
-    source = packed + (_position(local, slot, SLOTS, GROUP) * features)[:, :, None] + d
-    target = out + ((n * K + slot) * D)[:, :, None] + d
-    for start in range(0, D, BLOCK_D):
-        inside = d < D - start
-        block = tl.load(source + start, mask=is_valid[:, :, None] & inside, other=0)
-        tl.store(target + start, _ldexp(block, shift).to(out.dtype.element_ty), mask=exists[:, :, None] & inside)
 
 
 # --- tiles of scores
@@ -221,14 +128,14 @@ def _scores(
     for d in range(0, features, BLOCK_D):
         a = _load(x, row, d, features, ROWS, BLOCK_D, BULK)
         b = _load(y, column, d, features, COLUMNS, BLOCK_D, BULK)
-        c = tl.dot(a, b.T, c, input_precision=PRECISION)
+        c = add_product(c, a, b.T, PRECISION)
     return c
 
 
 @triton.jit
-def _is_served(scale, x_peak, y_peak, SHIFTED: tl.constexpr):
+def _is_served(scale, stats, SHIFTED: tl.constexpr):
     """Whether this variant of a kernel is the one to serve: the unshifted one where |alpha c| is bounded."""
-    bounded = scale * tl.load(x_peak + 1) * tl.load(y_peak + 1) <= _UNSHIFTED  # false for NaN
+    bounded = scale * tl.load(stats + X_LONGEST) * tl.load(stats + Y_LONGEST) <= _UNSHIFTED  # false for NaN
     return bounded != SHIFTED
 
 
@@ -259,15 +166,17 @@ def _sets(i, j, BLOCKS: tl.constexpr, GROUP: tl.constexpr, Y_SETS: tl.constexpr)
 
 
 @triton.jit
-def _stats(stats, n, sets):
-    """Weight and exponent of sets n."""
-    return tl.load(stats + n), tl.load(stats + 2 * sets + n).to(tl.int32)
+def _stats(stats, n, m, x_sets, y_sets):
+    """Weights and exponents of sets n of x and m of y."""
+    x = stats + PEAKS + n
+    y = stats + PEAKS + 3 * x_sets + m
+    return tl.load(x), tl.load(x + 2 * x_sets).to(tl.int32), tl.load(y), tl.load(y + 2 * y_sets).to(tl.int32)
 
 
 @triton.jit
 def _pair_scale(scale, x_exponent, y_exponent):
     """The scale of the scores of each pair, for `_shifted`: ``[block, 1, group, 1, m]``."""
-    scale = tl.minimum(scale * _power_of_two(x_exponent) * _power_of_two(y_exponent), _FLOAT32_MAX)
+    scale = tl.minimum(scale * power_of_two(x_exponent) * power_of_two(y_exponent), _FLOAT32_MAX)
     return scale[:, None, :, None, :]
 
 
@@ -305,13 +214,13 @@ def _similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, in
     _, _, total, top = _shifted(c, 1, unit)  # [block, 1, group, l, m]
     s += tl.reshape(tl.sum(top * y_weight[:, None, :, None, :], 3), pairs)
     log += tl.reshape(_sum_of_log2(total, 3), pairs) * y_weight
-    log *= inverse * _power_of_two(-x_exponent) * _power_of_two(-y_exponent)
-    return (s + log) * _power_of_two(x_exponent) * _power_of_two(y_exponent)
+    log *= inverse * power_of_two(-x_exponent) * power_of_two(-y_exponent)
+    return (s + log) * power_of_two(x_exponent) * power_of_two(y_exponent)
 
 
 @triton.jit
 def _store_similarity(
-    c, i, j, x_valid, y_valid, x_stats, y_stats, out, scale, inverse, N, M, x_sets, y_sets,
+    c, i, j, x_valid, y_valid, stats, out, scale, inverse, N, M, x_sets, y_sets,
     K: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
     SHIFTED: tl.constexpr, MASKED: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -322,8 +231,7 @@ def _store_similarity(
         c = _without_invalid(c, x_valid + i * c.shape[0], y_valid + j * c.shape[1])
     c = tl.reshape(c, (BLOCKS, K, GROUP, L, Y_SETS))
     n, m = _sets(i, j, BLOCKS, GROUP, Y_SETS)
-    x_weight, x_exponent = _stats(x_stats, n, x_sets)
-    y_weight, y_exponent = _stats(y_stats, m, y_sets)
+    x_weight, x_exponent, y_weight, y_exponent = _stats(stats, n, m, x_sets, y_sets)
     if SHIFTED:
         s = _similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse)
     else:
@@ -335,9 +243,8 @@ def _store_similarity(
 @triton.jit
 def forward_kernel(
     x, y,  # packed operands [rows, features]: descriptors if BULK, else pointers
-    x_valid, y_valid,  # [rows] int8
-    x_stats, y_stats,  # [3, sets]
-    x_peak, y_peak,  # [3]: their maxima
+    x_valid, y_valid,  # [rows] int8; None unless MASKED
+    stats,  # see `triton_packing`
     out,  # [N, M]
     alpha, N, M, features, x_sets, y_sets, row_tiles, column_tiles,
     K: tl.constexpr, L: tl.constexpr,  # powers of two
@@ -347,7 +254,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Persistent: a program takes tiles in turn, and fetches operands of the next one while it sums up the last."""
     scale, inverse = _sharpness(alpha, ALPHA_ON_DEVICE)
-    tiles = tl.where(_is_served(scale, x_peak, y_peak, SHIFTED), row_tiles * column_tiles, 0)
+    tiles = tl.where(_is_served(scale, stats, SHIFTED), row_tiles * column_tiles, 0)
     tl.assume(features > 0)  # else the compiler makes a second epilogue for tiles without products
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         i, j = _tile_position(tile, row_tiles, column_tiles, TILES)
@@ -355,7 +262,7 @@ def forward_kernel(
         parts = _parts(c, PART)
         for p in tl.static_range(COLUMNS // PART):
             _store_similarity(
-                parts[p], i, j * (COLUMNS // PART) + p, x_valid, y_valid, x_stats, y_stats, out,
+                parts[p], i, j * (COLUMNS // PART) + p, x_valid, y_valid, stats, out,
                 scale, inverse, N, M, x_sets, y_sets, K, L, GROUP, SHIFTED, MASKED, LIMIT,
             )  # fmt: skip
 
@@ -396,10 +303,11 @@ def _entropy(c, unit, axis: tl.constexpr):
 
 @triton.jit
 def _store_weights(
-    c, i, j, chunk_i, chunk_j, x_valid, y_valid, x_stats, y_stats, grad, exponent, chunk_exponent, chunk, chunk_columns,
+    c, i, j, chunk_i, chunk_j, x_valid, y_valid, stats, grad, exponent, exponent_of_chunk, chunk, chunk_columns,
     alpha_part, scale, N, M, x_sets, y_sets, stride_n, stride_m,
     K: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
-    SHIFTED: tl.constexpr, MASKED: tl.constexpr, NEED_CHUNK: tl.constexpr, NEED_ALPHA: tl.constexpr,
+    BULK: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr, NEED_CHUNK: tl.constexpr,
+    NEED_ALPHA: tl.constexpr,
 ):  # fmt: skip
     """W of one part, from scores c to the chunk."""
     ROWS: tl.constexpr = c.shape[0]
@@ -410,36 +318,38 @@ def _store_weights(
         c = _without_invalid(c, x_valid + i * ROWS, y_valid + j * COLUMNS)
     c = tl.reshape(c, (BLOCKS, K, GROUP, L, Y_SETS))
     n, m = _sets(i, j, BLOCKS, GROUP, Y_SETS)
-    x_weight, x_exponent = _stats(x_stats, n, x_sets)
-    y_weight, y_exponent = _stats(y_stats, m, y_sets)
+    x_weight, x_exponent, y_weight, y_exponent = _stats(stats, n, m, x_sets, y_sets)
     exists = (n < N) & (m < M) & (x_weight != 0) & (y_weight != 0)
     g = tl.load(grad + n.to(tl.int64) * stride_n + m.to(tl.int64) * stride_m, mask=exists, other=0).to(tl.float32)
     if SHIFTED:
         unit = _pair_scale(scale, x_exponent, y_exponent)
         if NEED_ALPHA:
             entropy = x_weight * _entropy(c, unit, 3) + y_weight * _entropy(c, unit, 1)
-            part = tl.where(exists, _ldexp(g, -exponent) * entropy, 0.0)
+            part = tl.where(exists, ldexp(g, -exponent) * entropy, 0.0)
             tl.store(alpha_part, tl.sum(tl.reshape(part, (part.numel,)), 0))
         if NEED_CHUNK:
-            g = _ldexp(g, chunk_exponent + x_exponent + y_exponent)
+            g = ldexp(g, exponent_of_chunk + x_exponent + y_exponent)
             w = _weights_shifted(c, g * x_weight, g * y_weight, unit)
     else:
-        g = _ldexp(g, chunk_exponent)
+        g = ldexp(g, exponent_of_chunk)
         w = _weights_unshifted(c, g * x_weight, g * y_weight, scale, MASKED)
     if NEED_CHUNK:
-        row = chunk_i * ROWS + tl.arange(0, ROWS)
-        column = chunk_j * COLUMNS + tl.arange(0, COLUMNS)
-        target = chunk + row[:, None] * chunk_columns + column[None, :]  # a chunk has far fewer than 2^31 elements
-        tl.store(target, tl.reshape(w, (ROWS, COLUMNS)).to(chunk.dtype.element_ty))
+        w = tl.reshape(w, (ROWS, COLUMNS))
+        if BULK:
+            chunk.store([chunk_i * ROWS, chunk_j * COLUMNS], w.to(chunk.dtype))
+        else:
+            row = chunk_i * ROWS + tl.arange(0, ROWS)
+            column = chunk_j * COLUMNS + tl.arange(0, COLUMNS)
+            target = chunk + row[:, None] * chunk_columns + column[None, :]  # a chunk has far fewer than 2^31 elements
+            tl.store(target, w.to(chunk.dtype.element_ty))
 
 
 @triton.jit
 def weights_kernel(
-    x, y, x_valid, y_valid, x_stats, y_stats, x_peak, y_peak,  # as in forward_kernel
+    x, y, x_valid, y_valid, stats,  # as in forward_kernel
     grad,  # [N, M], any strides
-    exponents,  # [2] int32: of the upstream gradient; of the same times x times y
-    chunk,  # [row_tiles ROWS, column_tiles COLUMNS], of the dtype of x
-    alpha_parts,  # [all row tiles, all column parts] float32
+    chunk,  # [row_tiles ROWS, column_tiles COLUMNS], of the dtype of x: a descriptor if BULK; or None
+    alpha_parts,  # [all row tiles, all column parts] float32, or None
     alpha, N, M, features, x_sets, y_sets, stride_n, stride_m,
     first_row_tile, first_column_tile, row_tiles, column_tiles, all_parts,
     K: tl.constexpr, L: tl.constexpr,
@@ -450,9 +360,9 @@ def weights_kernel(
 ):  # fmt: skip
     """One chunk of W, scaled so that |W| <= 2^WEIGHT_EXPONENT, and sums over its parts for the gradient of alpha."""
     scale, _ = _sharpness(alpha, ALPHA_ON_DEVICE)
-    exponent = tl.load(exponents)
-    chunk_exponent = WEIGHT_EXPONENT - tl.load(exponents + 1)
-    tiles = tl.where(_is_served(scale, x_peak, y_peak, SHIFTED) | NEED_ALPHA, row_tiles * column_tiles, 0)
+    exponent = gradient_exponent(stats)
+    exponent_of_chunk = chunk_exponent(stats)
+    tiles = tl.where(_is_served(scale, stats, SHIFTED) | NEED_ALPHA, row_tiles * column_tiles, 0)
     tl.assume(features > 0)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         chunk_i, chunk_j = _tile_position(tile, row_tiles, column_tiles, TILES)
@@ -462,8 +372,11 @@ def weights_kernel(
         parts = _parts(c, PART)
         for p in tl.static_range(COLUMNS // PART):
             part_j = j * (COLUMNS // PART) + p
+            alpha_part = alpha_parts
+            if NEED_ALPHA:
+                alpha_part += i * all_parts + part_j
             _store_weights(
-                parts[p], i, part_j, chunk_i, chunk_j * (COLUMNS // PART) + p, x_valid, y_valid, x_stats, y_stats,
-                grad, exponent, chunk_exponent, chunk, column_tiles * COLUMNS, alpha_parts + i * all_parts + part_j,
-                scale, N, M, x_sets, y_sets, stride_n, stride_m, K, L, GROUP, SHIFTED, MASKED, NEED_CHUNK, NEED_ALPHA,
+                parts[p], i, part_j, chunk_i, chunk_j * (COLUMNS // PART) + p, x_valid, y_valid, stats, grad,
+                exponent, exponent_of_chunk, chunk, column_tiles * COLUMNS, alpha_part, scale, N, M, x_sets, y_sets,
+                stride_n, stride_m, K, L, GROUP, BULK, SHIFTED, MASKED, NEED_CHUNK, NEED_ALPHA,
             )  # fmt: skip

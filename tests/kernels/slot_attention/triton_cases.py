@@ -15,7 +15,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from setemb_kernels import _triton  # noqa: E402
-from setemb_kernels.ops.slot_attention import reference  # noqa: E402
+from setemb_kernels.ops.slot_attention import reference, triton_fused, triton_shared  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton as backend  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
 from tests.kernels.slot_attention.cases import CASES, Case, Inputs, Results, cases, check, reference_results, through  # noqa: E402
@@ -45,6 +45,8 @@ def test_table(case: Case, dtype: torch.dtype) -> None:
         Case("128 slots", 1, 2, 128, 40, 16, 24),
         Case("most slots", 1, 2, 250, 34, 16, 24, shared=True, bias=True),
         Case("several blocks of features", 1, 2, 4, 70, 300, 150, shared=True, mask="random"),
+        Case("one tile of tokens, many features", 2, 2, 4, 36, 600, 530, shared=True, mask="tail", bias=True),
+        Case("features of two tiles", 2, 1, 7, 130, 200, 130, mask="random"),
         Case("classic normalisation of what no token chose", 2, 2, 4, 33, 24, 24, norm=300.0, eps=0.0, token_eps=1e-8),
         Case("token_eps above 1", 2, 2, 4, 33, 24, 24, eps=0.0, token_eps=3.0),
     ],
@@ -60,11 +62,47 @@ def test_tiles(case: Case, dtype: torch.dtype) -> None:
 def test_splits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """More programs than a small call has by itself: each takes a part of the tokens."""
     monkeypatch.setattr(_triton, "device", lambda x: (32, 90))
-    monkeypatch.setattr(backend, "SPLIT_TOKENS", 1)
+    monkeypatch.setattr(triton_shared, "SPLIT_TOKENS", 1)
     check(run, replace(NAMED[name], T=300 if name == "many tokens" else 140), dtype, DEVICE)
 
 
+@pytest.fixture
+def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the sums over tokens do not fit in registers."""
+    monkeypatch.setattr(triton_fused, "config_of", lambda *sizes: None)
+
+
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(
+    "name", ["bias, shared, masked", "heads first", "all masked, no eps", "Dv 1", "paper, absorbed"]
+)
+def test_weights_through_memory(name: str) -> None:
+    """W and dz in 16 bits in a workspace, for sets of which `triton_fused` serves others."""
+    check(run, NAMED[name], torch.float16, DEVICE)
+
+
+@pytest.mark.usefixtures("two_passes")
+def test_splits_of_weights_through_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "device", lambda x: (32, 90))
+    monkeypatch.setattr(triton_shared, "SPLIT_TOKENS", 1)
+    check(run, replace(NAMED["bias, shared, masked"], T=140), torch.float16, DEVICE)
+
+
+def test_keys_that_are_values() -> None:
+    """One gradient, of both products."""
+    i = Case("", 2, 3, 4, 70, 40, 40, shared=True, bias=True, mask="random").build(torch.float16, DEVICE)
+    out, total = backend.forward(i.q, i.k, None, *i[3:-1])
+    arguments = (i.grad, i.q, i.k, None, i.bias, i.mask, out, total, i.scale, i.token_eps)
+    grad_q, grad_k, nothing, grad_bias = backend.backward(*arguments, True, True, True, True)
+    apart = backend.backward(*arguments[:3], i.k, *arguments[4:], True, True, True, True)
+    assert nothing.shape == (0,)
+    torch.testing.assert_close(grad_q, apart[0], rtol=0, atol=0)
+    torch.testing.assert_close(grad_bias, apart[3], rtol=0, atol=0)
+    torch.testing.assert_close(grad_k.float(), apart[1].float() + apart[2].float(), rtol=2e-3, atol=2e-3)
+
+
 @BOTH
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("name", ["mask, shared", "bias", "heads first"])
 def test_few_items_at_a_time(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = NAMED[name]
