@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from setemb_kernels import _triton
+from setemb_kernels import _device
 
 _ARITHMETIC = {torch.bfloat16: 0, torch.float16: 1, "tf32": 2, torch.float32: 3}  # csrc/cuda/arithmetic.h
 
@@ -24,7 +24,7 @@ def arithmetic(dtype: torch.dtype) -> int:
 
 def in_tf32(dtype: torch.dtype) -> bool:
     """Whether tensor cores multiply numbers of this dtype in tf32."""
-    return dtype == torch.float32 and _triton.precision() == "tf32"
+    return dtype == torch.float32 and _device.precision() == "tf32"
 
 
 def rounded_to_tf32(v: Tensor) -> Tensor:

@@ -24,19 +24,6 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def device(x: Tensor) -> tuple[int, int]:
-    """Multiprocessors and architecture (10 * major + minor of the compute capability)."""
-    if x.device.type == "cpu":  # Triton's interpreter
-        return 2, 90
-    properties = torch.cuda.get_device_properties(x.device)
-    return properties.multi_processor_count, 10 * properties.major + properties.minor
-
-
-def precision() -> str:
-    """Of products of float32: what torch may use for a plain one."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
     """Those of an optional tensor."""
     return (0,) * axes if t is None else t.stride()

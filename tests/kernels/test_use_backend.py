@@ -35,6 +35,20 @@ def serves(*tensors: Any) -> Any:
     return op.BACKENDS.implementation(reference, *tensors)
 
 
+@pytest.mark.usefixtures("gpu")
+def test_cuda_serves_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "triton_absent", lambda: "the package triton is not installed")
+    x = tensor()
+    assert serves(x, x) is cuda and served_by() == "cuda"
+    too_many = tensor(K=65)
+    assert serves(x, too_many) is reference
+    assert serves(tensor(torch.float64), x) is reference
+    with use_backend("smooth_chamfer", implementation="reference"):
+        assert serves(x, x) is reference
+    monkeypatch.setattr(MODULE, "_CUDA", {"absent": "not built"})
+    assert serves(x, x) is reference and served_by() == "reference"
+
+
 def served_by() -> str:
     (row,) = (row for row in backends() if (row.op, row.device) == ("smooth_chamfer", "cuda"))
     return row.implementation

@@ -36,7 +36,7 @@ import torch
 import triton
 from torch import Tensor
 
-from setemb_kernels import _triton
+from setemb_kernels import _device, _triton
 from setemb_kernels.ops.set_similarity import triton_kernels as kernels
 
 # --- tile sizes
@@ -307,12 +307,12 @@ class _Call:
         self.J = self.y.sets if candidates is None else candidates.shape[1]
         self.D = x.shape[1]
         self.is_empty = 0 in (self.N, self.J, self.y.sets)
-        self.programs = PROGRAMS_EACH * _triton.device(x)[0]
+        self.programs = PROGRAMS_EACH * _device.processors(x)[0]
         self.sharpness = _argument(alpha), _argument(bias)
         self.constants = {
             "ALPHA_ON_DEVICE": not _on_host(alpha),
             "BIAS_ON_DEVICE": not _on_host(bias),
-            "PRECISION": _triton.precision(),
+            "PRECISION": _device.precision(),
         }
 
     def _pairs_launch(self, direction: _Direction) -> tuple[tuple[_Side, _Side], Config, dict[str, Any]]:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from setemb_kernels import _cuda, _triton
+from setemb_kernels import _cuda, _device
 from setemb_kernels.ops.slot_attention.layout import empty_like_slots
 
 MAX_SLOTS = 64
@@ -203,7 +203,7 @@ class _Call(NamedTuple):
         """Into how many parts tokens are split, and how many each has."""
         tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
         blocks = items * -(-rows // tile) * max(1, -(-D // _FEATURES))
-        programs, _ = _triton.device(self.q)
+        programs, _ = _device.processors(self.q)
         splits = max(1, min(-(-BLOCKS_A_MULTIPROCESSOR * programs // blocks), T // SPLIT_TOKENS))
         per_split = max(_TOKENS, _up(-(-T // splits), _TOKENS))
         return max(1, -(-T // per_split)), per_split

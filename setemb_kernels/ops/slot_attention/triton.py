@@ -45,7 +45,7 @@ import torch
 import triton
 from torch import Tensor
 
-from setemb_kernels import _triton
+from setemb_kernels import _device, _triton
 from setemb_kernels.ops.slot_attention import triton_fused as fused
 from setemb_kernels.ops.slot_attention import triton_fused_kernels as fused_kernels
 from setemb_kernels.ops.slot_attention import triton_kernels as kernels
@@ -229,11 +229,11 @@ class _Call:
         self.q, self.k, self.scale = q, k, scale
         self.bias = None if bias is None else bias[items]
         self.mask = None if mask is None else mask[items]
-        self.programs, _ = _triton.device(q)
+        self.programs, _ = _device.processors(q)
         (self.B, self.H, self.K, _), self.groups, self.T = q.shape, k.shape[1], k.shape[2]
         self.heads = self.H // self.groups
         self.mask_strides = _triton.strides(self.mask, 2)
-        self.precision = _triton.precision()
+        self.precision = _device.precision()
 
     def weights(self, weights: Tensor, token_eps: float, factor: float) -> Tensor:
         """Fill ``weights [B, H, K, padded]``, times `factor`; return their sums ``[B, H, K, blocks of tokens]``."""

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from setemb_kernels import _triton
+from setemb_kernels import _device, _triton
 from setemb_kernels.ops.slot_attention import triton_fused_kernels as kernels
 from setemb_kernels.ops.slot_attention import triton_shared as shared
 from setemb_kernels.ops.slot_attention.layout import empty_like_slots
@@ -49,7 +49,7 @@ def _launch(q: Tensor, k: Tensor, D: int, backward: bool) -> tuple[shared.Config
     config = config_of(H // groups, K, T, D, q.dtype, backward)
     if config is None or not T:
         return None
-    programs, _ = _triton.device(q)
+    programs, _ = _device.processors(q)
     splits = max(1, min(triton.cdiv(2 * programs, B * groups), T // shared.SPLIT_TOKENS)) if config.tokens < T else 1
     per_split = max(1, triton.cdiv(T, splits * config.tokens)) * config.tokens
     return config, max(1, triton.cdiv(T, per_split)), per_split
@@ -85,7 +85,7 @@ def forward(
             *_triton.strides(mask, 2), *out.stride(),
         ),
         SPLIT=splits > 1, ONE_BLOCK=max(D, Dv) <= config.block_d, **shared.layout(K), **config.launch(),
-        PRECISION=_triton.precision(),
+        PRECISION=_device.precision(),
     )  # fmt: skip
     if splits > 1:
         shared.combine(into, sums, out, total, splits, splits, eps)
@@ -133,7 +133,7 @@ def backward(
             *_triton.strides(grad_q, 4),
         ),
         SPLIT=splits > 1, ONE_BLOCK=max(D, Dv) <= config.block_d, **shared.layout(K), **config.launch(),
-        PRECISION=_triton.precision(),
+        PRECISION=_device.precision(),
     )  # fmt: skip
     if grad_q is not None and into is not None and splits > 1:
         shared.combine(into, None, grad_q, None, splits, 0, 0.0)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from setemb_kernels import _cuda
+from setemb_kernels import _cuda, _device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VECTORS = 64
@@ -32,7 +32,7 @@ SLOTS = (1, 2, 4, 8, 16, 64)
 """To which K and L are padded, each."""
 
 WORKSPACE_BYTES = 512 << 20
-"""What the backward pass allocates at most for chunks of W and their products; see `_workspace_bytes`."""
+"""What the backward pass allocates at most for chunks of W and their products; see `_device.workspace_bytes`."""
 
 CHUNK_COLUMNS = 16384
 """Columns of a chunk of W."""
@@ -241,7 +241,11 @@ def _add_chunks(
     outer_grad, inner_grad = (grad_x, grad_y) if x_first else (grad_y, grad_x)
     features = outer.rows.shape[1]
     width = min(len(inner.rows), CHUNK_COLUMNS)
-    height = _workspace_bytes(outer.rows.device) // 2 // max(width * outer.rows.element_size(), features * 4)
+    height = (
+        _device.workspace_bytes(WORKSPACE_BYTES, outer.rows.device)
+        // 2
+        // max(width * outer.rows.element_size(), features * 4)
+    )
     height = min(len(outer.rows), max(_TILE, height // _TILE * _TILE))
     chunk = outer.rows.new_empty(height * width)
     outer_sum = chunk.new_empty(height if outer_grad is not None else 0, features, dtype=torch.float32)
@@ -265,13 +269,6 @@ def _add_chunks(
             outer.unpack(outer_sum[: len(outer_rows)], exponents, outer_grad, top, call.arithmetic)
     if inner_grad is not None:
         inner.unpack(inner_sum, exponents, inner_grad, 0, call.arithmetic)
-
-
-def _workspace_bytes(device: torch.device) -> int:
-    """`WORKSPACE_BYTES`, or a hundredth of the memory of a smaller device."""
-    if device.type == "cpu":
-        return WORKSPACE_BYTES
-    return min(WORKSPACE_BYTES, torch.cuda.get_device_properties(device).total_memory // 100)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -49,7 +49,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from setemb_kernels import _triton
+from setemb_kernels import _device, _triton
 from setemb_kernels.ops.smooth_chamfer import triton_kernels as kernels
 from setemb_kernels.ops.smooth_chamfer import triton_packing as packing
 
@@ -80,7 +80,7 @@ class Config(NamedTuple):
 
 
 WORKSPACE_BYTES = 512 << 20
-"""What the backward pass allocates at most for chunks of W and their products; see `workspace_bytes`."""
+"""What the backward pass allocates at most for chunks of W and their products; see `_device.workspace_bytes`."""
 
 CHUNK_COLUMNS = 16384
 """Columns of a chunk of W: with 8192 rows, 256 MiB in 16 bits. Measured on an H100, N = M = 8192, K = L = 4: chunks of
@@ -172,8 +172,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, y and alpha from the upstream ``grad [N, M]``; one that is not needed comes back empty ``[0]``.
 
-    That of alpha is on the device of x. Memory beyond inputs and outputs: packed copies of x and y, `workspace_bytes`,
-    and, if both x and y need a gradient, one of the two (the smaller) in float32.
+    That of alpha is on the device of x. Memory beyond inputs and outputs: packed copies of x and y, at most
+    `WORKSPACE_BYTES`, and, if both x and y need a gradient, one of the two (the smaller) in float32.
     """
     (N, K), (M, L) = x.shape[:2], y.shape[:2]
     if need_y and (not need_x or M * L > N * K):  # s(X, Y) = s(Y, X), and the side of x needs the smaller accumulator
@@ -263,7 +263,7 @@ class _Call:
         larger, smaller = MAX_VECTORS
         if max(K, L) > larger or min(K, L) > smaller:
             raise ValueError(f"x, y: expected sets of at most {larger} and {smaller} vectors on a GPU, got {K} and {L}")
-        self.programs, arch = _triton.device(x)
+        self.programs, arch = _device.processors(x)
         self.configs = [configure(K, L, D, x.dtype, arch, shifted) for shifted in (False, True)]
         rows = max(config.rows for config in self.configs)
         _, columns, part, block_d, *_ = self.configs[0]
@@ -286,7 +286,7 @@ class _Call:
             "GROUP": self.x.group,
             "MASKED": is_masked,
             "ALPHA_ON_DEVICE": isinstance(self.alpha, Tensor),
-            "PRECISION": _triton.precision(),
+            "PRECISION": _device.precision(),
         }
 
     def _pack(self, x: Tensor, y: Tensor, grad: Tensor | None) -> None:
@@ -376,16 +376,9 @@ class _Call:
         """Rows and columns of a chunk of W: half of the workspace for it and half for the sum over its columns."""
         rows, columns = max(config.rows for config in self.configs), self.configs[0].columns
         width = min(self.y.height, CHUNK_COLUMNS)
-        room = workspace_bytes(self.stats.device) // 2
+        room = _device.workspace_bytes(WORKSPACE_BYTES, self.stats.device) // 2
         height = room // max(width * self.x.rows.element_size(), self.features * 4)
         return min(self.x.height, max(rows, height // rows * rows)), max(columns, width // columns * columns)
-
-
-def workspace_bytes(device: torch.device) -> int:
-    """`WORKSPACE_BYTES`, or a hundredth of the memory of a smaller device."""
-    if device.type == "cpu":
-        return WORKSPACE_BYTES
-    return min(WORKSPACE_BYTES, torch.cuda.get_device_properties(device).total_memory // 100)
 
 
 def _on_host(alpha: Tensor) -> bool:

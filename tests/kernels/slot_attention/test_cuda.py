@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from setemb_kernels import _cuda, _triton, use_backend
+from setemb_kernels import _cuda, _device, use_backend
 from setemb_kernels.ops.slot_attention import cuda as backend
 from setemb_kernels.ops.slot_attention import op, reference
 from tests.kernels.cuda.emulate import ORDERS, Emulator, compiler, view
@@ -103,7 +103,7 @@ def kernels(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Kernels:
 @pytest.fixture
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch may use for products of float32; the judge does likewise."""
-    monkeypatch.setattr(_triton, "precision", lambda: request.param)
+    monkeypatch.setattr(_device, "precision", lambda: request.param)
     if request.param == "tf32":
         judge_in_tf32(monkeypatch)
 
@@ -156,7 +156,7 @@ def test_tiles(case: Case, dtype: torch.dtype, kernels: Kernels) -> None:
 @pytest.mark.parametrize("name", ["many tokens", "bias, shared, masked", "heads first", "all masked, no eps", "Dv 1"])
 def test_splits(name: str, dtype: torch.dtype, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """More blocks of threads than a small call has by itself: each takes a part of the tokens."""
-    monkeypatch.setattr(_triton, "device", lambda x: (32, 90))
+    monkeypatch.setattr(_device, "processors", lambda x: (32, 90))
     monkeypatch.setattr(backend, "SPLIT_TOKENS", 1)
     check(run, replace(NAMED[name], T=300 if name == "many tokens" else 140), dtype)
     assert kernels.launched.count("slot_attention_combine") == 2  # out and q.grad
@@ -179,7 +179,7 @@ def test_few_items_at_a_time(name: str, dtype: torch.dtype, kernels: Kernels, mo
 def test_every_order_of_threads_gives_the_same(
     name: str, dtype: torch.dtype, order: int, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_triton, "device", lambda x: (32, 90))
+    monkeypatch.setattr(_device, "processors", lambda x: (32, 90))
     monkeypatch.setattr(backend, "SPLIT_TOKENS", 64)
     case = NAMED.get(name) or Case(name, 1, 2, 5, 200, 168, 72, shared=True, bias=True, mask="random")
     inputs = case.build(dtype)
@@ -276,7 +276,7 @@ def test_tf32_rounds_operands_to_the_nearest(kernels: Kernels, monkeypatch: pyte
     i = Case("", 2, 2, 4, 70, 40, 24).build(torch.float32)
     assert i.v is not None
     i = i._replace(q=i.q.abs(), k=i.k.abs(), v=i.v.abs())
-    monkeypatch.setattr(_triton, "precision", lambda: "tf32")
+    monkeypatch.setattr(_device, "precision", lambda: "tf32")
     out, _ = backend.forward(*i[:-1])
     rounded = i._replace(q=rounded_to_tf32(i.q), k=rounded_to_tf32(i.k), v=rounded_to_tf32(i.v))
     truth, _ = reference.forward(*(t.double() if isinstance(t, Tensor) else t for t in rounded[:-1]))

@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from setemb_kernels import _triton  # noqa: E402
+from setemb_kernels import _device  # noqa: E402
 from setemb_kernels.ops.slot_attention import reference, triton_fused, triton_shared  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton as backend  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
@@ -61,7 +61,7 @@ def test_tiles(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["many tokens", "bias, shared, masked", "heads first", "all masked, no eps", "Dv 1"])
 def test_splits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """More programs than a small call has by itself: each takes a part of the tokens."""
-    monkeypatch.setattr(_triton, "device", lambda x: (32, 90))
+    monkeypatch.setattr(_device, "processors", lambda x: (32, 90))
     monkeypatch.setattr(triton_shared, "SPLIT_TOKENS", 1)
     check(run, replace(NAMED[name], T=300 if name == "many tokens" else 140), dtype, DEVICE)
 
@@ -83,7 +83,7 @@ def test_weights_through_memory(name: str) -> None:
 
 @pytest.mark.usefixtures("two_passes")
 def test_splits_of_weights_through_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "device", lambda x: (32, 90))
+    monkeypatch.setattr(_device, "processors", lambda x: (32, 90))
     monkeypatch.setattr(triton_shared, "SPLIT_TOKENS", 1)
     check(run, replace(NAMED["bias, shared, masked"], T=140), torch.float16, DEVICE)
 

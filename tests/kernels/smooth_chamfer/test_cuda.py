@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from setemb_kernels import _cuda, _triton, set_triplet_loss
+from setemb_kernels import _cuda, _device, set_triplet_loss
 from setemb_kernels.ops.smooth_chamfer import cuda as backend
 from setemb_kernels.ops.smooth_chamfer.op import BACKENDS
 from tests.kernels.cuda.emulate import ORDERS, Emulator, compiler, view
@@ -142,7 +142,7 @@ def test_every_order_of_threads_gives_the_same(name: str, order: int, kernels: K
 @pytest.mark.parametrize("name", ["odd sizes", "larger than a tile", "K 64 L 5", "masks", "alpha 1e4", "D 1031"])
 def test_tf32(name: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge is eager PyTorch in tf32: in float32 arithmetic, on operands rounded to tf32."""
-    monkeypatch.setattr(_triton, "precision", lambda: "tf32")
+    monkeypatch.setattr(_device, "precision", lambda: "tf32")
     eager = table._eager_in_another_order
 
     def in_tf32(i: Inputs, order: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,7 +155,7 @@ def test_tf32(name: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_tf32_rounds_operands_to_the_nearest(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor cores would cut them, which is a bias."""
-    monkeypatch.setattr(_triton, "precision", lambda: "tf32")
+    monkeypatch.setattr(_device, "precision", lambda: "tf32")
     i = NAMED["one vector a set"].build(torch.float32)
     scores = backend.forward(*i[:5])
     x, y = (rounded_to_tf32(v).double().flatten(1) for v in (i.x, i.y))

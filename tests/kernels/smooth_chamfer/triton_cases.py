@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from setemb_kernels import _triton  # noqa: E402
+from setemb_kernels import _device  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton_kernels  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
@@ -62,7 +62,7 @@ def test_without_gradient_of_alpha(name: str) -> None:
 @pytest.mark.parametrize("name", ["larger than a tile", "sliced", "K 16 L 3"])
 def test_pointers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on chips without a bulk copy engine: another way to load, a grid of one program a tile."""
-    monkeypatch.setattr(_triton, "device", lambda x: (2, 80))
+    monkeypatch.setattr(_device, "processors", lambda x: (2, 80))
     check(run, NAMED[name], torch.float16, DEVICE)
 
 
