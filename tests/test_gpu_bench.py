@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu.bench import Bench, ContextLostError
-from benchmarks.gpu.rows import Row
+from benchmarks.gpu.row import Row
 from benchmarks.gpu.table import floor, table
 from benchmarks.gpu.timing import HostClock, take_turns
 

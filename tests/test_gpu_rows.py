@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.rows import Row, rows
+from benchmarks.gpu.row import Row
+from benchmarks.gpu.rows import rows
 
 QUICK = list(rows("cpu", quick=True))
 FULL = list(rows("cuda", quick=False))
