@@ -74,7 +74,9 @@ def cpu_capabilities() -> dict[str, list[str]]:
         return CAPABILITIES if wanted == ["all"] else {}
     unknown = [name for name in wanted if name not in CAPABILITIES]
     if unknown:
-        raise SystemExit(f"SETEMB_CPU: expected all, none or names out of {', '.join(CAPABILITIES)}, got {unknown[0]!r}")
+        raise SystemExit(
+            f"SETEMB_CPU: expected all, none or names out of {', '.join(CAPABILITIES)}, got {unknown[0]!r}"
+        )
     return {name: CAPABILITIES[name] for name in wanted}
 
 

@@ -93,7 +93,7 @@ def rank(device: str, n: int, captions: int, K: int, D: int) -> Row:
 
     return Row(
         "set_rank",
-        f"{n:,} x {m:,} K{K} D{D} float32",
+        f"both ways {n:,} x {m:,} K{K} D{D} float32",
         make,
         ours=ours,
         product=product,
