@@ -51,9 +51,9 @@ WORKERS = {"triton": 14, "cuda": 6}
 """Processes that share these tests, where pytest-xdist is there. Those of CUDA C++ compile nothing."""
 SECONDS_A_TEST = 80
 """Where pytest-timeout is there; the processors have more to do."""
-COMPILERS = 4
-"""Processes that share the rows whose compilation is done beforehand. Each holds one row's tensors on the device: the
-largest rows of 8192 sets take 10 GB."""
+COMPILERS = 8
+"""Processes that share the rows whose compilation is done beforehand. Each holds one row's tensors on the device: of
+the rows with 8192 sets, 10 GB at most, there are four at a time."""
 
 Process = Callable[..., Ended]
 

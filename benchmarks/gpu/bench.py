@@ -82,7 +82,8 @@ class Bench:
         for phase, planned in (("plain", table), ("compiled", compiled)):
             for row in planned:
                 if (row.key, phase) not in self.done:
-                    self.write({"row": row.key, "phase": phase, "failed": {"all": "no time left"}})
+                    line = {"row": row.key, "phase": phase, "op": row.op, "name": row.name}
+                    self.write(line | {"failed": {"all": "no time left"}})
 
     def _pass(self, phase: str, table: list[Row], until: float) -> None:
         """Measure those rows that are not done, as long as there is time to begin."""
