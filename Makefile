@@ -4,10 +4,12 @@
 #   make test    all tests
 #   make bench   all benchmark rows; `make bench ROWS="-k forward"` for some
 #   make lint    ruff, clang-format, mypy
-#   make gpu     on a machine with a GPU: build, test and measure there, in eight minutes; results in $OUT or benchmarks/results
+#   make gpu     on a machine with a GPU: build, test and measure there, in eight minutes, or `make gpu MINUTES=7`; results in $OUT or
+#                benchmarks/results
 #   make clean   remove what was built
 PYTHON ?= python3
 ROWS ?=
+MINUTES ?= 8
 BIN := .venv/bin
 
 .PHONY: demo test bench lint format gpu clean
@@ -34,7 +36,7 @@ format: .venv/linters
 
 # Uses the python that is there, with its own torch and CUDA: installs nothing.
 gpu:
-	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+	PYTHON=$(PYTHON) MINUTES=$(MINUTES) bash benchmarks/gpu.sh
 
 # Torch comes first: the extension is built against it.
 .venv/torch: constraints.txt

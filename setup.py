@@ -1,7 +1,7 @@
 """The compiled modules: one CPU module per SIMD capability, and the CUDA one where it can be built.
 
-Settings, from the environment: SETEMB_CUDA=auto|0|1 (1 fails where CUDA cannot be built), SETEMB_CPU=all or names of
-the CPU modules to build, as "default,avx512" (a build for this machine alone takes less time), and torch's own
+Settings, from the environment: SETEMB_CUDA=auto|0|1 (1 fails where CUDA cannot be built), SETEMB_CPU=all, none or
+names of the CPU modules to build, as "default,avx512" (a build for this machine alone takes less time), and torch's own
 TORCH_CUDA_ARCH_LIST (else the GPUs that are here, else 8.0;9.0;10.0), MAX_JOBS and DEBUG.
 """
 
@@ -70,11 +70,13 @@ def optimisation() -> list[str]:
 
 def cpu_capabilities() -> dict[str, list[str]]:
     wanted = os.environ.get("SETEMB_CPU", "all").split(",")
-    if wanted == ["all"]:
-        return CAPABILITIES
+    if wanted in (["all"], ["none"]):
+        return CAPABILITIES if wanted == ["all"] else {}
     unknown = [name for name in wanted if name not in CAPABILITIES]
     if unknown:
-        raise SystemExit(f"SETEMB_CPU: expected all or names out of {', '.join(CAPABILITIES)}, got {unknown[0]!r}")
+        raise SystemExit(
+            f"SETEMB_CPU: expected all, none or names out of {', '.join(CAPABILITIES)}, got {unknown[0]!r}"
+        )
     return {name: CAPABILITIES[name] for name in wanted}
 
 

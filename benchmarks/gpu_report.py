@@ -27,11 +27,11 @@ def unproven(contents: list[dict[str, Any]], root: Path = ROOT) -> list[tuple[st
     """Those that no run has both tested without a failure and measured with a right result."""
     proven = set()
     for content in contents:
-        if not any(stage["name"] == "tests" and stage["status"] == "ok" for stage in content["stages"]):
-            continue
+        passed = {stage["name"] for stage in content["stages"] if stage["status"] == "ok"}
         for row in content["rows"]:
             for name, off in row.get("difference", {}).items():
-                if off is not None and off <= FAR and name in row["milliseconds"]:
+                tested = {"tests", f"tests {name}"} & passed  # files until 2026-11-27 have one stage of all tests
+                if tested and off is not None and off <= FAR and name in row["milliseconds"]:
                     proven.add((row["op"], name))
     return [kernel for kernel in kernels(root) if kernel not in proven]
 

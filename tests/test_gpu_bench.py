@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu.bench import Bench, ContextLostError
-from benchmarks.gpu.rows import Row
+from benchmarks.gpu.row import Row
 from benchmarks.gpu.table import floor, table
 from benchmarks.gpu.timing import HostClock, take_turns
 
@@ -60,6 +61,30 @@ def test_medians_and_spreads() -> None:
     assert a.spread == pytest.approx(2 / 3)
     assert (b.median, b.spread) == (7, 0)
     assert clock.cleared == 10
+
+
+def test_contexts_are_outside_what_is_timed() -> None:
+    """Entered before the cache is cleared, so that the host runs ahead; left after the end is marked."""
+    done: list[str] = []
+
+    class Clock(ScriptedClock):
+        def mark(self) -> float:
+            done.append("mark")
+            return super().mark()
+
+        def clear_cache(self) -> None:
+            done.append("clear")
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        done.append("enter")
+        yield
+        done.append("leave")
+
+    take_turns(Clock(), {"a": [lambda: done.append("a")], "b": [lambda: done.append("b")]}, 0.0, {"a": context})
+    first = ["mark", "enter", "a", "leave", "b", "mark"]
+    a_round = ["enter", "clear", "mark", "a", "mark", "leave", "clear", "mark", "b", "mark"]
+    assert done == [*first, *(5 * a_round)]
 
 
 def made_up_row(**changes: Any) -> Row:
@@ -133,6 +158,54 @@ def test_rows_that_come_too_late_say_so() -> None:
     (line,) = bench(made_up_row(), until=0.0)
     assert line["failed"] == {"all": "no time left"}
     assert bench(made_up_row(), skip=[("op size", "eager")])[0]["failed"] == {"eager": "ended the process"}
+
+
+def test_rows_that_are_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled pass has its share of the time, the large rows last; what is late is measured after it."""
+    now, lines = [0.0], list[dict[str, Any]]()
+    compiled = {"compiled": lambda inputs: lambda: 2 * inputs[0]}
+    table = [
+        made_up_row(name="a", large=True, **compiled),
+        made_up_row(name="b", **compiled),
+        made_up_row(name="c", **compiled),
+    ]
+    asked: list[float] = []
+
+    def measure(row: Row, phase: str, seconds: float) -> dict[str, Any]:
+        now[0] += 45 if phase == "plain" else 8
+        asked.append(seconds)
+        return {"row": row.key, "phase": phase}
+
+    def run(until: float) -> list[tuple[str, ...]]:
+        now[0], lines[:], asked[:] = 0.0, [], []
+        done = [("set_triplet_loss largest batch K4 D1024 bfloat16", "plain")]
+        all_of_it = Bench("cpu", True, lines.append, HostClock(), done=done, until=until, now=lambda: now[0])
+        monkeypatch.setattr(all_of_it, "measure", measure)
+        all_of_it.run(table)
+        return [(line["row"][3:], line["phase"], *line.get("failed", {}).values()) for line in lines if "row" in line]
+
+    first, second = [("a", "plain"), ("b", "plain")], [(name, "compiled") for name in "bca"]
+    assert run(150.0) == [*first, *second, ("c", "plain")]
+    assert run(100.0) == [*first, *second[:2], ("c", "plain", "no time left"), ("a", "compiled", "no time left")]
+    assert all(0.15 <= seconds <= 0.6 for seconds in asked)
+    assert asked[-1] == pytest.approx(0.2 * 2 / 2)
+
+
+def test_compiled_beforehand() -> None:
+    """Ours and the compiled, each once; of large rows not the compiled; a failure costs its own."""
+    calls: list[str] = []
+
+    def says(name: str) -> Callable[[Any], Callable[[], Any]]:
+        return lambda inputs: lambda: calls.append(name)
+
+    ways = {"ours": says("ours"), "compiled": says("compiled"), "eager": says("eager"), "product": says("product")}
+    table = [made_up_row(name="one", **ways), made_up_row(name="large", large=True, **ways)]
+    table.append(made_up_row(name="bad", ours=fails(ValueError("no such size")), compiled=says("after")))
+    lines: list[dict[str, Any]] = []
+    Bench("cpu", True, lines.append, HostClock()).compile_only(table)
+    assert calls == ["ours", "compiled", "ours", "after"]
+    assert [line["compiled"] for line in lines] == ["op one", "op large", "op bad"]
+    assert [list(line["failed"].values()) for line in lines] == [[], [], ["ValueError: no such size"]]
 
 
 def test_floor_is_the_larger_of_operations_and_bytes() -> None:

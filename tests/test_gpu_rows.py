@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.rows import Row, rows
+from benchmarks.gpu.row import Row
+from benchmarks.gpu.rows import rows
 
 QUICK = list(rows("cpu", quick=True))
 FULL = list(rows("cuda", quick=False))
@@ -27,6 +32,8 @@ def test_operations_are_those_of_the_products(row: Row) -> None:
 
 @pytest.mark.parametrize("row", QUICK, ids=lambda row: row.key)
 def test_bytes_are_those_of_inputs_and_results(row: Row) -> None:
+    if " hardest " in row.key and row.make()[0].device.type == "cpu":
+        pytest.skip("no such kernel on the CPU")
     inputs = row.make()
     if row.op in ("smooth_chamfer", "set_similarity"):  # offsets are nothing beside the sets
         x, y, upstream, _ = inputs
@@ -40,10 +47,48 @@ def test_bytes_are_those_of_inputs_and_results(row: Row) -> None:
     elif row.op == "set_topk":
         _, gallery, scale = inputs
         expected = size_of(gallery, *([] if scale is None else [scale]))  # queries and results are nothing beside it
+    elif row.op == "set_rank":
+        expected = size_of(*inputs, *row.ours(inputs)())
     else:
         x, y = inputs
         expected = 2 * size_of(x, y)
     assert row.bytes == expected
+
+
+def test_bytes_of_the_hardest_are_those_of_eager() -> None:
+    (row,) = (row for row in QUICK if " hardest " in row.key)
+    inputs = row.make()
+    values, who, *_ = out = row.eager(inputs)()
+    assert values.dtype == torch.bfloat16 and who.dtype == torch.int64
+    in_float32 = sum(t.numel() * (4 if t.is_floating_point() else 8) for t in out)  # as the kernel gives them
+    assert row.bytes == size_of(*inputs) + in_float32
+    own = torch.arange(len(who))
+    assert (who != own).all()
+
+
+def test_tf32_is_allowed_within_its_rows_alone() -> None:
+    (row,) = (row for row in QUICK if row.key == "smooth_chamfer forward 20x20 K4 D16 tf32")
+    matmul, seen = torch.backends.cuda.matmul, list[str]()
+    before = matmul.fp32_precision
+    inputs = row.make()
+    for prepare in (row.ours, row.product, row.eager):
+        call = prepare(inputs)
+        with Watch(lambda: seen.append(matmul.fp32_precision)):
+            call()
+        assert matmul.fp32_precision == before and torch.get_float32_matmul_precision() == "highest"
+    assert set(seen) == {"tf32"}
+
+
+class Watch(TorchDispatchMode):
+    """Calls back at each operation."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.callback()
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("row", QUICK, ids=lambda row: row.key)

@@ -76,6 +76,9 @@ def test_a_kernel_is_proven_by_tests_and_a_right_result(kernels: Path) -> None:
     assert gpu_report.unproven([run()], kernels) == ALL[:2]
     assert gpu_report.unproven([run(stages=[{"name": "tests", "status": "failed"}])], kernels) == ALL
     assert gpu_report.unproven([run(stages=[])], kernels) == ALL
+    for name, expected in (("triton", ALL[:2]), ("cuda", ALL)):  # a stage of tests for each implementation
+        stages = [{"name": f"tests {name}", "status": "ok"}, {"name": "tests cpu", "status": "ok"}]
+        assert gpu_report.unproven([run(stages=stages)], kernels) == expected
 
 
 def test_without_a_file(tmp_path: Path, kernels: Path) -> None:

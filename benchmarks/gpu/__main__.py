@@ -1,10 +1,13 @@
-"""Builds, tests and measures on a machine with a GPU, in at most eight minutes; prints one short table last.
+"""Builds, tests and measures on a machine with a GPU, in at most so many minutes; prints one short table last.
 
-python -m benchmarks.gpu [--out FOLDER] [--device cpu --quick]
+python -m benchmarks.gpu [--out FOLDER] [--minutes 8] [--device cpu --quick]
 
-Uses the python that is there, with its torch and CUDA; installs nothing, changes no setting of the card. Writes
-<device>-<date>.json and logs; the file is written anew after each stage, so that what one stage found outlives the
-failure of the next. `--device cpu --quick` is a dry run: the same steps, with tiny sizes, on the CPU's kernels.
+Uses the python that is there, with its torch and CUDA; installs nothing, changes no setting of the card. First at the
+same time, as all of it is work for the processors: both builds, the tests, and what the measured rows compile. Then,
+with the machine to itself, the measuring; then the sanitizers. A shorter run has less time to measure.
+
+Writes <device>-<date>.json and logs; the file is written anew after each stage, so that what one stage found outlives
+the failure of the next. `--device cpu --quick` is a dry run: the same steps, with tiny sizes, on the CPU's kernels.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +36,30 @@ from benchmarks.gpu.table import table
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 8.0
-SECONDS = {"machine": 30, "build c++": 60, "build cuda": 170, "tests": 170}
-"""At most, of each stage before measuring."""
-SANITIZERS = {"memcheck": 50, "racecheck": 50}
-"""After measuring, which leaves them their time unless it has less than MEASURING itself."""
-MEASURING = 150.0
+SECONDS = {"machine": 30, "build c++": 150, "build cuda": 150}
+"""At most, of each of these stages."""
+PREPARING = 200.0
+"""Of all that is done at the same time before measuring: builds, tests and `compile`."""
+SANITIZERS = ("memcheck", "racecheck")
+SANITIZING = 50.0
+"""Of both at the same time, after measuring, which leaves them that unless it has less than `MEASURING` itself."""
+MEASURING = 100.0
 KEPT_BACK = 15.0
 RESTARTS = 8
 """Of the measuring process, when a kernel ends it."""
-WORKERS = 14
-"""Processes that share the tests, where pytest-xdist is there."""
-SECONDS_A_TEST = 40
-"""Where pytest-timeout is there."""
+WORKERS = {"triton": 14, "cuda": 6}
+"""Processes that share these tests, where pytest-xdist is there. Those of CUDA C++ compile nothing."""
+SECONDS_A_TEST = 80
+"""Where pytest-timeout is there; the processors have more to do."""
+COMPILERS = 8
+"""Processes that share the rows whose compilation is done beforehand. Each holds one row's tensors on the device: of
+the rows with 8192 sets, 10 GB at most, there are four at a time."""
 
 Process = Callable[..., Ended]
 
 
 class GpuRun:
-    """The stages, one after the other."""
+    """The stages, one after the other or at the same time."""
 
     def __init__(self, out: Path, device: str, quick: bool, minutes: float = MINUTES, process: Process = run_process):
         self.out, self.device, self.quick, self.process = out, device, quick, process
@@ -56,6 +67,7 @@ class GpuRun:
         self.date = datetime.date.today().isoformat()
         self.run = Run(out / f"unknown-{self.date}.json", minutes * 60)
         self.run.content |= {"date": self.date, "dry_run": device == "cpu"}
+        self.caches: dict[str, str] = {}
 
     def all(self) -> int:
         """Every stage; 0 where all went well."""
@@ -64,17 +76,38 @@ class GpuRun:
             self.run.path.unlink()
             return 1
         self.run.move(self.out / f"{_file_name(self.run.content['device'])}-{self.date}.json")
-        if self.device == "cuda":
-            self.run.stage("build c++", SECONDS["build c++"], lambda stage, limit: self.build(stage, limit, cuda="0"))
-            self.run.stage("build cuda", SECONDS["build cuda"], lambda stage, limit: self.build(stage, limit, cuda="1"))
-        self.run.stage("tests", SECONDS["tests"], self.tests)
-        left = self.run.left - KEPT_BACK
-        self.run.stage("benchmarks", max(left - sum(SANITIZERS.values()), min(left, MEASURING)), self.benchmarks)
-        for tool, seconds in SANITIZERS.items():
-            self.run.stage(tool, seconds, lambda stage, limit, tool=tool: self.sanitizer(stage, limit, tool))
+        with tempfile.TemporaryDirectory(prefix="setemb-gpu-", ignore_cleanup_errors=True) as caches:
+            # of the rows alone: torch.compile would move Triton's to a place of its own
+            self.caches = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+            self.run.together(*self.preparations())
+            left = self.run.left - KEPT_BACK
+            self.run.stage("benchmarks", max(left - SANITIZING, min(left, MEASURING)), self.benchmarks)
+        self.run.together(
+            *(partial(self.run.stage, tool, SANITIZING, partial(self.sanitizer, tool=tool)) for tool in SANITIZERS)
+        )
         print(table(self.run.content))
         print(f"all numbers: {self.run.path}")
         return 0 if all(stage["status"] in ("ok", "absent") for stage in self.run.content["stages"]) else 1
+
+    def preparations(self) -> list[Callable[[], object]]:
+        """What is done at the same time before measuring."""
+        end = time.monotonic() + PREPARING
+
+        def stage(name: str, body: Callable[[Stage, float], None], limit: float = PREPARING) -> Stage:
+            return self.run.stage(name, min(limit, end - time.monotonic()), body)
+
+        def build(name: str, cpu: str, cuda: str) -> Stage:
+            return stage(name, partial(self.build, cpu=cpu, cuda=cuda), SECONDS[name])
+
+        def cuda() -> None:  # tests that fail all, if there is no module
+            build("build cuda", cpu="none", cuda="1")
+            stage("tests cuda", partial(self.tests, which="cuda"))
+
+        compiling = partial(stage, "compile", self.compile)
+        if self.device != "cuda":
+            return [partial(stage, "tests", partial(self.tests, which="cpu")), compiling]
+        triton = partial(stage, "tests triton", partial(self.tests, which="triton"))
+        return [partial(build, "build c++", cpu=_cpu_module(), cuda="0"), cuda, triton, compiling]
 
     def python(
         self, stage: Stage, limit: float, *arguments: str, log: str, before: tuple[str, ...] = (), **environment: str
@@ -99,43 +132,70 @@ class GpuRun:
             stage.detail = last_line(log)
         log.unlink()
 
-    def build(self, stage: Stage, limit: float, cuda: str) -> None:
-        """For this machine alone. Without CUDA first: then a failure of the one leaves the other."""
+    def build(self, stage: Stage, limit: float, cpu: str, cuda: str) -> None:
+        """For this machine alone. CUDA apart: then a failure of the one leaves the other."""
+        which = "cuda" if cuda == "1" else "cpp"
         self.python(
             stage,
             limit,
-            *("setup.py", "build_ext", "--inplace"),
-            log="build.log",
+            *("setup.py", "build_ext", "--inplace", "--build-temp", f"build/gpu-{which}"),
+            log=f"build-{which}.log",
             SETEMB_CUDA=cuda,
-            SETEMB_CPU=_cpu_module(),
+            SETEMB_CPU=cpu,
             TORCH_CUDA_ARCH_LIST=self.run.content["capability"],
             NVCC_APPEND_FLAGS=f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -lineinfo".strip(),  # for the sanitizers
         )
 
-    def tests(self, stage: Stage, limit: float) -> None:
+    def tests(self, stage: Stage, limit: float, which: str) -> None:
         """CUDA C++ and Triton in processes of their own: after an illegal access a process has lost the device."""
-        lines = self.out / "tests.jsonl"
+        lines = self.out / f"tests-{which}.jsonl"
         lines.unlink(missing_ok=True)
-        if self.device == "cuda":
-            names = ("gpu_cases.py", "triton_cases.py")
-            groups = [sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"tests/kernels/*/{name}")) for name in names]
+        if which == "cpu":
+            what = ["tests/kernels/slot_attention/test_table.py", "-k", "test_op and paper and float32"]
         else:
-            groups = [["tests/kernels/slot_attention/test_table.py", "-k", "test_op and paper and float32"]]
+            name = {"cuda": "gpu_cases.py", "triton": "triton_cases.py"}[which]
+            what = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/kernels/*/{name}"))
         options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tally", "--tally", str(lines)]
-        if self.device == "cuda" and importlib.util.find_spec("xdist"):
-            options += ["-n", str(WORKERS)]
+        if which in WORKERS and importlib.util.find_spec("xdist"):
+            options += ["-n", str(WORKERS[which])]
         if importlib.util.find_spec("pytest_timeout"):  # by a thread: a signal does not reach who waits for a device
             options += ["--timeout", str(SECONDS_A_TEST), "--timeout-method", "thread"]
-        until, statuses = time.monotonic() + limit, []
-        for n, what in enumerate(groups):
-            share = (until - time.monotonic()) / (len(groups) - n)
-            self.python(stage, share, "-m", "pytest", *options, *what, log="tests.log")
-            statuses.append(stage.status)
-        stage.status = next((status for status in statuses if status != "ok"), "ok")
+        self.python(stage, limit, "-m", "pytest", *options, *what, log=f"tests-{which}.log")
         stage.data = tally.summary(lines)
         stage.detail = ", ".join(f"{stage.data[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
         if stage.status == "ok" and not stage.data["passed"]:
             stage.status = "failed"
+        lines.unlink(missing_ok=True)
+
+    def compile(self, stage: Stage, limit: float) -> None:
+        """Fills the caches for the rows by several processes. One that fails costs time alone: measuring compiles what
+        is not there."""
+        lines = self.out / "compile.jsonl"
+        lines.unlink(missing_ok=True)
+        of = 1 if self.quick else COMPILERS
+        ends = [Stage(str(part)) for part in range(of)]
+        common = ["-m", "benchmarks.gpu.bench", "--results", str(lines), "--device", self.device]
+        common += ["--quick"] if self.quick else []
+        environment = self.caches | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        self.run.together(
+            *(
+                partial(
+                    self.python,
+                    *(end, limit, *common, "--compile-only", end.name, str(of)),
+                    log="benchmarks.log",
+                    **environment,
+                )
+                for end in ends
+            )
+        )
+        found = read_lines(lines)
+        failures = [f"{line['compiled']}, {name}: {why}" for line in found for name, why in line["failed"].items()]
+        stage.status = "ok" if found else "absent"
+        stage.detail = f"{len(found)} rows"
+        failures += [f"part {end.name}: {end.detail or end.status}" for end in ends if end.status != "ok"]
+        if failures:
+            stage.data = {"failures": failures}
+            stage.detail += f", {len(failures)} failures"
         lines.unlink(missing_ok=True)
 
     def sanitizer(self, stage: Stage, limit: float, tool: str) -> None:
@@ -176,7 +236,7 @@ class GpuRun:
             arguments = ["-m", "benchmarks.gpu.bench", "--results", str(lines), "--device", self.device]
             arguments += ["--until", str(until - 10), *(["--quick"] if self.quick else [])]
             arguments += [word for pair in skip for word in ("--skip", *pair)]
-            self.python(stage, left, *arguments, log="benchmarks.log")
+            self.python(stage, left, *arguments, log="benchmarks.log", **self.caches)
             self.collect(lines)
             if stage.status != "failed":
                 break
@@ -267,10 +327,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for the results")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes; with --device cpu only")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="at most, for all (default: %(default)s)")
     args = parser.parse_args(arguments)
     if (args.device == "cpu") != args.quick:
         parser.error("--device cpu and --quick: expected both (a dry run) or neither")
-    return GpuRun(args.out.resolve(), args.device, args.quick).all()
+    return GpuRun(args.out.resolve(), args.device, args.quick, args.minutes).all()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Measures the rows, in a process of its own: a kernel that fails may take the process with it.
 
 python -m benchmarks.gpu.bench --results FILE --until SECONDS [--device cpu] [--quick] [--skip KEY NAME]...
+python -m benchmarks.gpu.bench --results FILE --compile-only PART OF [--device cpu] [--quick]
 
 Each row is one line of FILE (JSON), written when it is done; before each implementation's first call stands a line
 that says so, so that whoever started this process knows what ended it. Two passes: first everything but
 `torch.compile`, which takes its time, then that, with the product measured beside it once more.
+
+With `--compile-only` nothing is measured: every OF-th row is called once, so that several such processes leave the
+caches of Triton and of torch.compile filled for the one that measures.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +29,17 @@ import torch
 
 from benchmarks.gpu import machine
 from benchmarks.gpu.implementations import absent, ours, serves
-from benchmarks.gpu.rows import Row, largest_batch, rows
+from benchmarks.gpu.row import Row
+from benchmarks.gpu.rows import largest_batch, rows
 from benchmarks.gpu.stages import read_lines
-from benchmarks.gpu.timing import Call, Clock, CudaClock, HostClock, Times, take_turns
+from benchmarks.gpu.timing import Call, Clock, Context, CudaClock, HostClock, Times, take_turns
 
-SECONDS_A_ROW = 0.6
-"""Spent on the timed rounds of one row, at 20 calls or more each."""
+LEAST_SECONDS_A_ROW, SECONDS_A_ROW = 0.15, 0.6
+"""Spent on the timed rounds of one row: `TIMED` of what there is for each row that is left, within these bounds. The
+rest of a row's time goes to making inputs and to first calls."""
+TIMED = 0.2
+PLAIN_SHARE = 0.6
+"""Of the time, for the pass without torch.compile; its rows that do not begin by then come after the compiled ones."""
 BEYOND_CACHE = 3
 """All sets of inputs of a row take so many times the cache of the device, as far as that takes `MOST_SETS` of them."""
 MOST_SETS = 16
@@ -62,29 +72,65 @@ class Bench:
         """Both passes, and the largest batch between them; first a line that names all rows."""
         table = list(table)
         self.write({"plan": [[row.op, row.name] for row in table]})
-        for phase in ("plain", "compiled"):
-            for row in table:
-                if (row.key, phase) in self.done or (phase == "compiled" and row.compiled is None):
-                    continue
-                if self.now() >= self.until:
-                    self.write({"row": row.key, "phase": phase, "failed": {"all": "no time left"}})
-                    continue
-                self.write(self.measure(row, phase))
-                self._let_go()
-            if phase == "plain" and (LARGEST, "plain") not in self.done and self.now() < self.until:
-                self._largest()
+        compiled = sorted((row for row in table if row.compiled is not None), key=lambda row: row.large)
+        share = self.until if math.isinf(self.until) else self.now() + PLAIN_SHARE * (self.until - self.now())
+        self._pass("plain", table, share)
+        if (LARGEST, "plain") not in self.done and self.now() < self.until:
+            self._largest()
+        self._pass("compiled", compiled, self.until)
+        self._pass("plain", table, self.until)
+        for phase, planned in (("plain", table), ("compiled", compiled)):
+            for row in planned:
+                if (row.key, phase) not in self.done:
+                    line = {"row": row.key, "phase": phase, "op": row.op, "name": row.name}
+                    self.write(line | {"failed": {"all": "no time left"}})
 
-    def measure(self, row: Row, phase: str) -> dict[str, Any]:
+    def _pass(self, phase: str, table: list[Row], until: float) -> None:
+        """Measure those rows that are not done, as long as there is time to begin."""
+        left = [row for row in table if (row.key, phase) not in self.done]
+        for n, row in enumerate(left):
+            now = self.now()
+            if now >= until:
+                return
+            seconds = TIMED * (until - now) / (len(left) - n)
+            self.write(self.measure(row, phase, min(max(LEAST_SECONDS_A_ROW, seconds), SECONDS_A_ROW)))
+            self.done.add((row.key, phase))
+            self._let_go()
+
+    def compile_only(self, table: Iterable[Row]) -> None:
+        """Call once what compiles at its first call; of large rows ours alone, as several processes do this at once."""
+        choices = {name: context for name, context in ours(self.device).items() if name != "cuda"}
+        for row in table:
+            makers: dict[str, tuple[Callable[..., Call], Context]] = {
+                name: (row.ours, context) for name, context in choices.items() if serves(name, row.op)
+            }
+            if row.compiled is not None and not row.large:
+                makers["compiled"] = (row.compiled, nullcontext)
+            start, failed = self.now(), {}
+            for name, (maker, context) in makers.items():
+                try:
+                    with context():
+                        maker(row.make())()
+                    self.clock.synchronize()
+                except Exception as error:
+                    failed[name] = _reason(error)
+                    if _lost(error):
+                        raise ContextLostError(failed[name]) from error
+                self._let_go()
+            torch._dynamo.reset()
+            self.write({"compiled": row.key, "failed": failed, "seconds": self.now() - start})
+
+    def measure(self, row: Row, phase: str, seconds: float = SECONDS_A_ROW) -> dict[str, Any]:
         """One line: medians and spreads of those that ran, and why others did not."""
-        makers: dict[str, tuple[Callable[..., Call], Any]] = {"product": (row.product, None)}
+        makers: dict[str, tuple[Callable[..., Call], Context]] = {"product": (row.product, nullcontext)}
         failed = {}
         if phase == "compiled":
             assert row.compiled is not None
             torch._dynamo.reset()  # rows share a function: torch compiles it for so many sizes and no more
-            makers["compiled"] = (row.compiled, None)
+            makers["compiled"] = (row.compiled, nullcontext)
         else:
             makers |= {n: (row.ours, context) for n, context in ours(self.device).items() if serves(n, row.op)}
-            makers["eager"] = (row.eager, None)
+            makers["eager"] = (row.eager, nullcontext)
             failed |= {n: reason for n, reason in absent(self.device).items() if serves(n, row.op)}
         sets = self._inputs(row)
         calls, results = {}, {}
@@ -94,8 +140,9 @@ class Bench:
                 continue
             self.write({"begin": row.key, "phase": phase, "implementation": name})
             try:
-                each = [_in(context, _in(context, maker, inputs)()) for inputs in sets]
-                out = each[0]()
+                with context():
+                    each = [maker(inputs) for inputs in sets]
+                    out = each[0]()
                 self.clock.synchronize()
                 if name not in ("product", "compiled"):
                     results[name] = row.result(out).detach().float().cpu()
@@ -108,7 +155,10 @@ class Bench:
             self._let_go()
         base = row.result(row.judge(sets[0])()).detach().float().cpu() if row.judge and results else None
         self._let_go()
-        times: dict[str, Times] = take_turns(self.clock, calls, 0.02 if self.quick else SECONDS_A_ROW) if calls else {}
+        contexts = {name: context for name, (_, context) in makers.items()}
+        times: dict[str, Times] = {}
+        if calls:
+            times = take_turns(self.clock, calls, 0.02 if self.quick else seconds, contexts)
         return {
             "row": row.key,
             "phase": phase,
@@ -147,16 +197,6 @@ class Bench:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
-
-
-def _in(context: Any, function: Callable[..., Any], *arguments: Any) -> Call:
-    """A call of the function, in a context if there is one."""
-
-    def run() -> Any:
-        with nullcontext() if context is None else context():
-            return function(*arguments)
-
-    return run
 
 
 def _differences(results: dict[str, torch.Tensor], base: torch.Tensor | None) -> dict[str, float | None]:
@@ -206,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--until", type=float, default=math.inf, help="seconds since 1970: no row begins later")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--compile-only", nargs=2, type=int, metavar=("PART", "OF"))
     parser.add_argument("--skip", nargs=2, action="append", default=[], metavar=("ROW", "IMPLEMENTATION"))
     args = parser.parse_args(arguments)
     clock: Clock = CudaClock() if args.device == "cuda" else HostClock()
@@ -217,11 +258,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         lines = read_lines(args.results)
         done = [(line["row"], line["phase"]) for line in lines if "row" in line]
-        if not any("ceilings" in line for line in lines):
+        if not args.compile_only and not any("ceilings" in line for line in lines):
             write({"ceilings": ceilings(clock, args.device, args.quick), "clock": clock.source})
         bench = Bench(args.device, args.quick, write, clock, map(tuple, args.skip), done, args.until)
+        table = rows(args.device, args.quick)
         try:
-            bench.run(rows(args.device, args.quick))
+            if args.compile_only:
+                part, of = args.compile_only
+                bench.compile_only(islice(table, part, None, of))
+            else:
+                bench.run(table)
         except ContextLostError as error:
             print(f"the device is lost to this process: {error}", file=sys.stderr)
             return 3

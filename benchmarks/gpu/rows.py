@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.row import BF16, F16, F32, Inputs, Prepare, Row, as_leaves, compiled, name_of, unit_sets
+from benchmarks.gpu.search_rows import rank, topk
 from benchmarks.gpu.timing import Call
 from benchmarks.peers import (
     eager_infonce,
@@ -22,46 +23,11 @@ from setemb_kernels import (
     maxsim,
     set_infonce_loss,
     set_sigmoid_loss,
-    set_topk,
     set_triplet_loss,
     slot_attention,
     smooth_chamfer,
 )
-
-F32, BF16 = torch.float32, torch.bfloat16
-Inputs = tuple[Any, ...]
-Prepare = Callable[[Inputs], Call]
-"""From one set of inputs, what is timed."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    op: str
-    name: str
-    make: Callable[[], Inputs]
-    """Fresh random inputs."""
-    ours: Prepare
-    product: Prepare
-    eager: Prepare
-    products: int
-    """How many plain products `product` makes."""
-    operations: float
-    """Floating-point operations of those products."""
-    bytes: float
-    """Bytes that have to move at least: each input read once, each output written once."""
-    compiled: Prepare | None = None
-    """The same as eager under torch.compile; None where that makes no difference."""
-    result: Callable[[Any], Tensor] = field(default=lambda out: out)
-    """Of what a call returns, what all implementations agree on."""
-    judge: Prepare | None = None
-    """What all results are compared with, eager's too; None: with eager's. For hard maxima, where eager in bfloat16
-    takes other winners than the exact ones: its products, rounded, tie."""
-
-    @property
-    def key(self) -> str:
-        return f"{self.op} {self.name}"
+from setemb_kernels.ops.smooth_chamfer.op import hardest_kernel
 
 
 def rows(device: str, quick: bool) -> Iterator[Row]:
@@ -84,32 +50,43 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
     for loss in LOSSES:
         yield _loss(device, loss, n, 4, d, BF16)
     for gallery in (BF16, F32, torch.int8):
-        yield _topk(device, *((5, 60, 4, 16, 3) if quick else (100, 100_000, 4, 256, 10)), gallery)
-    yield _topk(device, *((1, 80, 4, 16, 3) if quick else (1, 1_000_000, 4, 128, 10)), BF16)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def unit_sets(n: int, k: int, d: int, dtype: torch.dtype, device: str) -> Tensor:
-    return torch.nn.functional.normalize(torch.randn(n, k, d, device=device), dim=-1).to(dtype)
-
-
-def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """By torch's own compiler; on the CPU, where nothing is measured, only as far as its graph."""
-    backend = "inductor" if device == "cuda" else "aot_eager"
-    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
-
-
-def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.detach().requires_grad_() for t in tensors)
+        yield topk(device, *((5, 60, 4, 16, 3) if quick else (100, 100_000, 4, 256, 10)), gallery)
+    yield topk(device, *((1, 80, 4, 16, 3) if quick else (1, 1_000_000, 4, 128, 10)), BF16)
+    n, d = (20, 16) if quick else (2048, 256)
+    for dtype, tf32 in ((F16, False), (F32, False), (F32, True)):
+        for backward in (False, True):
+            yield _smooth_chamfer(device, n, 4, d, dtype, backward=backward, tf32=tf32)
+    yield _hardest(device, *((24, 4, 16) if quick else (8192, 4, 1024)), BF16)
+    yield rank(device, *((20, 5, 4, 16) if quick else (1000, 5, 4, 1024)))
 
 
 # --- smooth_chamfer
 
 
-def _smooth_chamfer(device: str, n: int, K: int, D: int, dtype: torch.dtype, *, backward: bool = False) -> Row:
+def _in_tf32(prepare: Prepare) -> Prepare:
+    """What it prepares may multiply numbers of float32 in tf32, as one would allow torch to."""
+
+    def prepared(inputs: Inputs) -> Call:
+        call = prepare(inputs)
+
+        def run() -> Any:
+            matmul = torch.backends.cuda.matmul
+            before = matmul.fp32_precision
+            torch.set_float32_matmul_precision("high")  # sets fp32_precision to tf32, and what torch.compile reads
+            try:
+                return call()
+            finally:
+                torch.set_float32_matmul_precision("highest")
+                matmul.fp32_precision = before
+
+        return run
+
+    return prepared
+
+
+def _smooth_chamfer(
+    device: str, n: int, K: int, D: int, dtype: torch.dtype, *, backward: bool = False, tf32: bool = False
+) -> Row:
     def make() -> Inputs:
         upstream = torch.randn(n, n, device=device).to(dtype) if backward else None
         weights = torch.randn(n * K, n * K, device=device).to(dtype) if backward else None
@@ -127,7 +104,7 @@ def _smooth_chamfer(device: str, n: int, K: int, D: int, dtype: torch.dtype, *, 
             x, y, upstream, _ = inputs
             if not backward:
                 return lambda: similarity(x, y)
-            x, y = _leaves(x, y)
+            x, y = as_leaves(x, y)
 
             def run() -> tuple[Tensor, ...]:
                 s = similarity(x, y)
@@ -138,18 +115,60 @@ def _smooth_chamfer(device: str, n: int, K: int, D: int, dtype: torch.dtype, *, 
         return prepare
 
     size, products = dtype.itemsize, 3 if backward else 1
+    way: Callable[[Prepare], Prepare] = _in_tf32 if tf32 else lambda prepare: prepare
     return Row(
         "smooth_chamfer",
-        f"{'forward + backward' if backward else 'forward'} {n}x{n} K{K} D{D} {name_of(dtype)}",
+        f"{'forward + backward' if backward else 'forward'} {n}x{n} K{K} D{D} {'tf32' if tf32 else name_of(dtype)}",
         make,
-        ours=step(smooth_chamfer),
-        product=product,
-        eager=step(eager_similarity),
-        compiled=step(_compiled(eager_similarity, device)),
+        ours=way(step(smooth_chamfer)),
+        product=way(product),
+        eager=way(step(eager_similarity)),
+        compiled=way(step(compiled(eager_similarity, device))),
         products=products,
         operations=2.0 * products * (n * K) ** 2 * D,
         bytes=size * (2.0 * n * K * D * (2 if backward else 1) + n * n * (2 if backward else 1)),
         result=(lambda out: out[1]) if backward else (lambda out: out),
+    )
+
+
+def _hardest(device: str, n: int, K: int, D: int, dtype: torch.dtype) -> Row:
+    """The most similar negative of each set, both ways, and which: by a kernel of its own, where there is one."""
+
+    def make() -> Inputs:
+        return unit_sets(n, K, D, dtype, device), unit_sets(n, K, D, dtype, device)
+
+    def product(inputs: Inputs) -> Call:
+        x, y = (t.flatten(0, 1) for t in inputs)
+        return lambda: x @ y.T
+
+    def ours(inputs: Inputs) -> Call:
+        kernel = hardest_kernel(*inputs)
+        if kernel is None:
+            raise NotImplementedError("no such kernel")
+        alpha = torch.tensor(16.0)
+        return lambda: [part for side in kernel(*inputs, alpha, None, None) for part in side]
+
+    def plain(x: Tensor, y: Tensor) -> list[Tensor]:
+        s = eager_similarity(x, y)
+        own = torch.eye(len(s), dtype=torch.bool, device=s.device)
+        s = s.masked_fill(own, -torch.inf)
+        return [*s.max(1), *s.max(0)]
+
+    def step(function: Callable[..., Any]) -> Prepare:
+        return lambda inputs: lambda: function(*inputs)
+
+    return Row(
+        "smooth_chamfer",
+        f"hardest {n}x{n} K{K} D{D} {name_of(dtype)}",
+        make,
+        ours=ours,
+        product=product,
+        eager=step(plain),
+        compiled=step(compiled(plain, device)),
+        products=1,
+        operations=2.0 * (n * K) ** 2 * D,
+        bytes=dtype.itemsize * 2.0 * n * K * D + 2.0 * n * (4 + 8),
+        result=lambda out: out[0],
     )
 
 
@@ -182,7 +201,7 @@ def _maxsim(
         x, _, upstream, _ = inputs
         if not backward:
             return lambda: similarity(x, y)
-        leaves = _leaves(x, y)
+        leaves = as_leaves(x, y)
 
         def run() -> tuple[Tensor, ...]:
             s = similarity(*leaves)
@@ -215,7 +234,7 @@ def _maxsim(
         ours=ours,
         product=product,
         eager=eager(eager_maxsim),
-        compiled=eager(_compiled(eager_maxsim, device)),
+        compiled=eager(compiled(eager_maxsim, device)),
         products=products,
         operations=2.0 * products * n * K * total * D,
         bytes=size * ((n * K + total) * D + n * m) * (2.0 if backward else 1.0),
@@ -248,7 +267,7 @@ def _slot_attention(device: str, B: int, H: int, K: int, T: int, D: int, dtype: 
             q, k, v, grad, _ = inputs
             if not backward:
                 return lambda: function(q, k, v)
-            leaves = _leaves(q, k, v)
+            leaves = as_leaves(q, k, v)
             out = function(*leaves)  # the backward alone is timed
             return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
@@ -263,7 +282,7 @@ def _slot_attention(device: str, B: int, H: int, K: int, T: int, D: int, dtype: 
         ours=step(slot_attention),
         product=product,
         eager=step(eager_slot_attention),
-        compiled=step(_compiled(eager_slot_attention, device)),
+        compiled=step(compiled(eager_slot_attention, device)),
         products=5 if backward else 2,
         operations=(10.0 if backward else 4.0) * B * H * K * T * D,
         bytes=dtype.itemsize * elements,
@@ -299,7 +318,7 @@ def _loss(device: str, name: str, n: int, K: int, D: int, dtype: torch.dtype) ->
 
     def step(loss: Callable[..., Tensor]) -> Prepare:
         def prepare(inputs: Inputs) -> Call:
-            x, y = _leaves(*inputs)
+            x, y = as_leaves(*inputs)
 
             def run() -> tuple[Tensor, ...]:
                 value = loss(x, y)
@@ -316,11 +335,12 @@ def _loss(device: str, name: str, n: int, K: int, D: int, dtype: torch.dtype) ->
         ours=step(ours),
         product=product,
         eager=step(eager),
-        compiled=step(_compiled(eager, device)),
+        compiled=step(compiled(eager, device)),
         products=products,
         operations=2.0 * products * (n * K) ** 2 * D,
         bytes=dtype.itemsize * 4.0 * n * K * D,
         result=lambda out: out[0].float(),
+        large=True,
     )
 
 
@@ -341,7 +361,7 @@ def _fits(loss: Callable[..., Tensor], n: int, device: str) -> bool:
     if device == "cuda":
         torch.cuda.empty_cache()
     try:
-        x, y = _leaves(*(torch.randn(n, 4, 1024, device=device, dtype=BF16) / 32 for _ in range(2)))
+        x, y = as_leaves(*(torch.randn(n, 4, 1024, device=device, dtype=BF16) / 32 for _ in range(2)))
         torch.autograd.grad(loss(x, y), (x, y))
         if device == "cuda":
             torch.cuda.synchronize()
@@ -350,56 +370,3 @@ def _fits(loss: Callable[..., Tensor], n: int, device: str) -> bool:
             return False
         raise
     return True
-
-
-# --- search
-
-
-def _topk(device: str, n: int, m: int, K: int, D: int, k: int, gallery: torch.dtype) -> Row:
-    block = 16_384
-
-    def make() -> Inputs:
-        queries = unit_sets(n, K, D, F32, device)
-        sets = torch.cat([unit_sets(min(block, m - first), K, D, BF16, device) for first in range(0, m, block)])
-        scale = None
-        if gallery == torch.int8:
-            scale = (sets.float().abs().amax(2) / 127).contiguous()
-            pieces = zip(sets.split(block), scale.split(block), strict=True)
-            sets = torch.cat([(a.float() / s[..., None]).round().to(torch.int8) for a, s in pieces])
-        return queries, sets.to(gallery), scale
-
-    def parts(inputs: Inputs) -> Iterator[Tensor]:
-        _, sets, scale = inputs
-        for first in range(0, m, block):
-            part = sets[first : first + block].float()
-            yield part if scale is None else part * scale[first : first + block, :, None]
-
-    def product(inputs: Inputs) -> Call:
-        """In float32, as the search; the gallery converted beforehand."""
-        flat, blocks = inputs[0].flatten(0, 1), [part.flatten(0, 1) for part in parts(inputs)]
-        return lambda: [flat @ part.T for part in blocks]
-
-    def eager(inputs: Inputs) -> Call:
-        def run() -> tuple[Tensor, Tensor]:
-            s = torch.cat([eager_similarity(inputs[0], part) for part in parts(inputs)], 1)
-            return tuple(s.topk(k))  # type: ignore[return-value]
-
-        return run
-
-    def ours(inputs: Inputs) -> Call:
-        queries, sets, scale = inputs
-        return lambda: set_topk(queries, sets, k, gallery_scale=scale)
-
-    scales = 4.0 * m * K if gallery == torch.int8 else 0.0
-    return Row(
-        "set_topk",
-        f"{n:,} x {m:,} {name_of(gallery)} K{K} D{D} k{k}",
-        make,
-        ours=ours,
-        product=product,
-        eager=eager,
-        products=1,
-        operations=2.0 * n * K * m * K * D,
-        bytes=gallery.itemsize * float(m) * K * D + scales,
-        result=lambda out: out[0],
-    )

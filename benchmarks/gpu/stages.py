@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +92,12 @@ class Run:
 
     def __init__(self, path: Path, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
         self.path, self._now = path, now
-        self.end = now() + seconds
-        self.content: dict[str, Any] = {"kind": "gpu", "stages": [], "rows": []}
+        self.start = now()
+        self.end = self.start + seconds
+        self.content: dict[str, Any] = {"kind": "gpu", "seconds": 0.0, "stages": [], "rows": []}
+        self._lock = threading.RLock()
+        self._lines: list[dict[str, Any]] = []
+        """Of every stage that has begun, in that order; empty until it is over."""
 
     @property
     def left(self) -> float:
@@ -101,6 +107,9 @@ class Run:
         """Do one stage, in the time that is left for it; whatever happens it leaves a line in the file."""
         stage = Stage(name, limit=min(limit, self.left))
         start = self._now()
+        line: dict[str, Any] = {}
+        with self._lock:
+            self._lines.append(line)
         if stage.limit <= 0:
             stage.status, stage.detail = "out of time", "not begun"
         else:
@@ -109,15 +118,25 @@ class Run:
             except Exception as error:
                 stage.status, stage.detail = "failed", f"{type(error).__name__}: {error}"[:300]
         stage.seconds = round(self._now() - start, 1)
-        self.content["stages"].append({k: v for k, v in asdict(stage).items() if v not in ("", {})})
-        self.write()
+        with self._lock:
+            line |= {k: v for k, v in asdict(stage).items() if v not in ("", {})}
+            self.content["stages"] = [line for line in self._lines if line]
+            self.write()
         print(f"{name}: {stage.status}, {stage.seconds} s", flush=True)
         return stage
 
+    def together(self, *stages: Callable[[], object]) -> None:
+        """Do several at the same time, and wait for all; each calls `stage`."""
+        with ThreadPoolExecutor(len(stages)) as pool:
+            for future in [pool.submit(each) for each in stages]:
+                future.result()
+
     def write(self) -> None:
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(_rounded(self.content), indent=1) + "\n")
-        os.replace(part, self.path)
+        with self._lock:
+            self.content["seconds"] = self._now() - self.start
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(_rounded(self.content), indent=1) + "\n")
+            os.replace(part, self.path)
 
     def move(self, path: Path) -> None:
         """Go on under another name."""

@@ -16,6 +16,8 @@ def table(content: dict[str, Any]) -> str:
         lines.append(
             f"{stage['name']:<12} {stage['status']:<12} {stage.get('seconds', 0):>6.1f} s  {stage.get('detail', '')}"
         )
+    if "seconds" in content:
+        lines.append(f"{'all':<25} {content['seconds']:>6.1f} s")
     rows = content["rows"]
     names = [name for row in rows for name in row.get("milliseconds", {}) if name not in NOT_OURS]
     names = list(dict.fromkeys(names))

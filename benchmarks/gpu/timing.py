@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 Call = Callable[[], Any]
+Context = Callable[[], AbstractContextManager[Any]]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
@@ -95,14 +97,20 @@ class Times:
         return Times(median, (third - first) / median if median else 0.0, len(values))
 
 
-def take_turns(clock: Clock, calls: Mapping[str, Sequence[Call]], seconds: float) -> dict[str, Times]:
+def take_turns(
+    clock: Clock, calls: Mapping[str, Sequence[Call]], seconds: float, contexts: Mapping[str, Context] | None = None
+) -> dict[str, Times]:
     """Time each of `calls`, which have all run before: round after round, in turn, for about so many `seconds`.
 
-    Each name comes with the same call on several sets of inputs, taken one after the other.
+    Each name comes with the same call on several sets of inputs, taken one after the other, and maybe with a context
+    that it runs in. To enter one takes the host as long as to launch a kernel: it is entered before the cache is
+    cleared, and left after the call's end is marked.
     """
+    contexts = dict.fromkeys(calls, nullcontext) | dict(contexts or {})
     start = clock.mark()
-    for each in calls.values():
-        each[0]()
+    for name, each in calls.items():
+        with contexts[name]():
+            each[0]()
     end = clock.mark()
     clock.synchronize()
     once = max(clock.milliseconds(start, end) * 1e-3, 1e-6)
@@ -110,9 +118,10 @@ def take_turns(clock: Clock, calls: Mapping[str, Sequence[Call]], seconds: float
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
     for n in range(rounds):
         for name, each in calls.items():
-            clock.clear_cache()
-            start = clock.mark()
-            each[n % len(each)]()
-            marks[name].append((start, clock.mark()))
+            with contexts[name]():
+                clock.clear_cache()
+                start = clock.mark()
+                each[n % len(each)]()
+                marks[name].append((start, clock.mark()))
     clock.synchronize()
     return {name: Times.of([clock.milliseconds(*pair) for pair in pairs]) for name, pairs in marks.items()}

@@ -32,6 +32,7 @@ constexpr int kThreads = 128;   // of a block: a warp for each pair of groups
 constexpr int kBlocksAProcessor = 2;
 constexpr int kTileShared = kStages * 2 * kTile * kStepBytes;
 constexpr int kMaxSlots = 64;
+constexpr int kFewSlots = 4;         // of x: see launch_weights
 constexpr int kWeightExponent = 15;  // |W| <= 2^15, whatever the upstream gradient: fits float16
 
 struct PackParams {
@@ -100,14 +101,15 @@ struct WeightParams {
   int x_groups, y_groups;    // of the chunk
 };
 
-// What starts them. Each arithmetic (bfloat16, float16, tf32 or float) is compiled in a file of its own.
+// What starts them. Each is compiled in a file of its own for each arithmetic (bfloat16, float16, tf32 or float), the
+// weights in two, where x has few slots and where it has many: a build takes as long as its longest file.
 void launch_pack(Arithmetic arithmetic, const PackParams& p, int64_t groups, Stream stream);
 void launch_unpack(Arithmetic arithmetic, const UnpackParams& p, Stream stream);
 template <class A>
 void launch_forward(const ForwardParams& p, int x_slots, int y_slots, Stream stream);
 template <class A>
 void launch_hardest(const HardestParams& p, int x_slots, int y_slots, Stream stream);
-template <class A>
+template <class A, bool kMany>
 void launch_weights(const WeightParams& p, int x_slots, int y_slots, Stream stream);
 
 }  // namespace setemb::cuda

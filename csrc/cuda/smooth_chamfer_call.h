@@ -138,7 +138,9 @@ void weights(const Tensor& x_rows, const Tensor& x_valid, const Tensor& x_stats,
   p.x_first = static_cast<int>(x_first), p.y_first = static_cast<int>(y_first);
   p.x_groups = static_cast<int>(x_groups), p.y_groups = static_cast<int>(y_groups);
   with_arithmetic(arithmetic, [&](auto* a) {
-    launch_weights<std::remove_pointer_t<decltype(a)>>(p, static_cast<int>(x_slots), static_cast<int>(y_slots), stream);
+    using A = std::remove_pointer_t<decltype(a)>;
+    const auto launch = x_slots > kFewSlots ? launch_weights<A, true> : launch_weights<A, false>;
+    launch(p, static_cast<int>(x_slots), static_cast<int>(y_slots), stream);
   });
 }
 

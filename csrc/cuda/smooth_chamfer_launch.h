@@ -75,11 +75,15 @@ void launch_hardest(const HardestParams& p, int x_slots, int y_slots, Stream str
   });
 }
 
-template <class A>
+template <class A, bool kMany>
 void launch_weights(const WeightParams& p, int x_slots, int y_slots, Stream stream) {
   with_both_slots(x_slots, y_slots, [&](auto x, auto y) {
-    launch("smooth_chamfer weights", weights_kernel<A, x(), y()>, p,
-           blocks_of_tiles<A, x(), y()>(p.x_groups, p.y_groups), kThreads, kTileShared, stream);
+    if constexpr ((x() > kFewSlots) != kMany) {
+      throw std::runtime_error("smooth_chamfer: weights of so many slots are compiled elsewhere");
+    } else {
+      launch("smooth_chamfer weights", weights_kernel<A, x(), y()>, p,
+             blocks_of_tiles<A, x(), y()>(p.x_groups, p.y_groups), kThreads, kTileShared, stream);
+    }
   });
 }
 

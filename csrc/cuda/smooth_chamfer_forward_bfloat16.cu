@@ -1,0 +1,8 @@
+// One kernel in one arithmetic.
+#include "smooth_chamfer_launch.h"
+
+namespace setemb::cuda {
+
+template void launch_forward<bfloat16>(const ForwardParams&, int, int, Stream);
+
+}  // namespace setemb::cuda
