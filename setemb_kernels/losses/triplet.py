@@ -99,10 +99,9 @@ def add_candidates(sets: Sets, rows: Winners, columns: Winners, y_start: int = 0
     """Compare the winners of each row and column with the negatives among these sets. In ``rows`` the first set of y
     has the index ``y_start``."""
     for r, c in sets.tiles():
-        s = sets.similarity(r, c).masked_fill_(sets.positive(r, c), -math.inf)
-        for winners, own, start, axis in ((rows, r, c.start + y_start, 1), (columns, c, r.start, 0)):
-            value, index = s.max(axis)
-            winners.compare(own, value, index + start)
+        own, others = (Winners(*(v[part] for v in best)) for best, part in ((rows, r), (columns, c)))
+        starts = r.start, c.start + y_start
+        sets.kernels.add_candidates(sets.similarity(r, c), sets.ids(r, c), own, others, starts)
 
 
 class Winners(NamedTuple):
@@ -200,7 +199,7 @@ class Positives:
 
     def _compared_in(self, sets: Sets, r: slice, c: slice, start: tuple[int, int]) -> Iterator[_Compared]:
         """The pairs whose row, then those whose column, is in a tile."""
-        s, positive = sets.similarity(r, c), sets.positive(r, c)
+        s, positive = sets.similarity(r, c), sets.ids(r, c).positive()
         for axis, (own, others, keys) in enumerate(((r, c, self.rows), (c, r, self.columns))):
             order, place = self._order[axis], own.start + start[axis]
             first, last = torch.searchsorted(keys[order], keys.new_tensor([place, own.stop + start[axis]])).tolist()

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from setemb_kernels._triton import Build  # noqa: E402
+from setemb_kernels.losses import triton_tiles  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton as slot_attention  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as smooth_chamfer  # noqa: E402
@@ -145,6 +146,11 @@ def test_codes(
     _check(reports[request.node.name].result(), arch, ANY_TENSOR_CORES)
 
 
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_tiles_of_losses(arch: int, reports: dict[str, Future[list[Report]]], request: pytest.FixtureRequest) -> None:
+    _check(reports[request.node.name].result(), arch, "")
+
+
 class Report(NamedTuple):
     """What became of one kernel."""
 
@@ -169,6 +175,8 @@ def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
     p, arch = parameters, parameters["arch"]
     if test == "test_smooth_chamfer":
         builds = smooth_chamfer.configs(p["K"], p["L"], 1024, p["dtype"], arch, p["masked"])
+    elif test == "test_tiles_of_losses":
+        builds = triton_tiles.configs()
     elif test == "test_codes":
         builds = set_similarity.configs_of_codes(p["kind"], p["K"], p["L"], p["D"], p["dtype"], p["scaled"])
     elif test == "test_set_similarity":

@@ -5,6 +5,7 @@ On a GPU these serve anyway. Interpreted, they take the place of the compiled ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 pytest.importorskip("triton")
 
 from setemb_kernels import set_rank, set_topk
+from setemb_kernels.losses import tiles, torch_tiles, triplet, triton_tiles
 from setemb_kernels.ops.smooth_chamfer import mixed, reference
 from setemb_kernels.ops.smooth_chamfer import triton as backend
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
@@ -33,6 +35,7 @@ def triton_serves() -> Iterator[None]:
         for name in ("forward", "backward"):
             patch.setattr(backend, name, counted(getattr(backend, name)))
         if DEVICE == "cpu":
+            patch.setattr(tiles, "fused", lambda sets: True)
             library.impl("smooth_chamfer", forward, "CPU", allow_override=True)
             library.impl("smooth_chamfer_mixed", mixed._decoded, "CPU", allow_override=True)
             library.impl("smooth_chamfer_backward", lambda *args: backend.backward(*args), "CPU", allow_override=True)
@@ -74,6 +77,45 @@ def test_many_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = calls
     check(LOSSES[name], next(case for case in CASES if case.name == "masks"), DTYPES[-1], DEVICE)
     assert calls - before >= 24
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("shape", [(70, 150), (5, 3)])
+def test_tile(shape: tuple[int, int], finite: bool, groups: int) -> None:
+    """Each function of a tile next to its specification: several blocks, ties, and what is not finite."""
+    n, m = shape
+    generator = torch.Generator().manual_seed(n)
+    s = torch.randint(-3, 4, shape, generator=generator) / 3
+    if not finite:
+        s[:, 1], s[0, 1], s[2], s[0] = -0.0, 0.0, -3e38, 3e38
+        s[1, 2], s[3, 1], s[4, 0] = math.inf, -math.inf, math.nan
+    x_ids, y_ids = (torch.randint(0, groups, (k,), generator=generator) if groups else None for k in shape)
+    lse = [torch.randn(k, generator=generator) for k in shape]
+    lse[0][4] = -math.inf
+    results = []
+    for maths, device in ((torch_tiles, "cpu"), (triton_tiles, DEVICE)):
+        there = (None if v is None else v.to(device) for v in (x_ids, y_ids))
+        ids = tiles.Ids(*there, 10, 12, shape, torch.device(device))
+        winners = [triplet.Winners.of(v.to(device), torch.float32) for v in lse]
+        winners[0].value[:3], winners[0].who[:3] = 1.0, torch.tensor([0, 105, 500], device=device)
+        rows, columns = (v.clone().to(device) for v in lse)
+        row_state, column_state = (torch.stack((v, v.sigmoid()), 1).to(device).T for v in lse)
+        scale, weight, bias = (torch.tensor(v, device=device) for v in (20.0, 0.3, -10.0))
+        pairs = ids.positive().nonzero(as_tuple=True)
+        logits = torch.zeros(len(pairs[0]), device=device)
+
+        def tile() -> Tensor:
+            return s.clone().to(device)  # noqa: B023
+
+        maths.add_candidates(tile(), ids, *winners, (100, 200))
+        maths.add_negatives(tile(), ids, scale, rows, columns, (pairs[0] + 10, pairs[1] + 12), logits)
+        found = [*winners[0], *winners[1], rows, columns, logits, maths.sigmoid_cost(tile(), ids, scale, bias)]
+        for symmetric in (True, False):
+            found += maths.infonce_gradients(tile(), ids, scale, weight, row_state, column_state, symmetric)
+        found += maths.sigmoid_gradients(tile(), ids, scale, bias, weight)
+        results.append([v.cpu() for v in found])
+    torch.testing.assert_close(*results, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=lambda dtype: str(dtype)[6:])
