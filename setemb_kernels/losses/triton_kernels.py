@@ -282,3 +282,158 @@ def winners_kernel(
         _compare(row_parts, column_blocks, row_value, row_who, n, y_start, ITEMS, PARTS)
     else:
         _compare(column_parts, row_blocks, column_value, column_who, m, x_start, ITEMS, PARTS)
+
+
+# --- listed pairs, under smooth-Chamfer
+
+
+@triton.jit
+def _vectors(
+    mask, index, wanted, vectors, stride_n, stride_k, mask_stride_n, mask_stride_k,
+    HAS_MASK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Where the vectors of sets `index` begin, and which there are: ``[sets, SLOTS]``."""
+    slot = tl.arange(0, SLOTS)[None, :]
+    valid = wanted[:, None] & (slot < vectors)
+    if HAS_MASK:
+        valid = tl.load(mask + index[:, None] * mask_stride_n + slot * mask_stride_k, mask=valid, other=0) != 0
+    return index[:, None] * stride_n + slot.to(tl.int64) * stride_k, valid
+
+
+@triton.jit
+def _flat(v):
+    return tl.reshape(v, (v.shape[0] * v.shape[1],))
+
+
+@triton.jit
+def _rows(source, offset, valid, start, D, stride_d, BLOCK_D: tl.constexpr):
+    """``[vectors, BLOCK_D]``, 0 where there is none."""
+    d = start + tl.arange(0, BLOCK_D)
+    pointers = source + offset[:, None] + (d.to(tl.int64) * stride_d)[None, :]
+    return tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0)
+
+
+@triton.jit
+def _softmax(c, valid, alpha, axis: tl.constexpr):
+    """The largest along an axis, ``z = alpha (c - largest)``, ``exp(z)`` and its sum; 1 where nothing is valid."""
+    top = tl.max(tl.where(valid, c, -_INFINITY), axis, keep_dims=True)
+    top = tl.where(top == -_INFINITY, 0.0, top)
+    z = tl.where(valid, alpha * (c - top), 0.0)
+    e = tl.where(valid, tl.exp(z), 0.0)
+    total = tl.sum(e, axis, keep_dims=True)
+    return top, z, e, tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def _sum(v):
+    """Over all axes but the first."""
+    return tl.sum(tl.sum(v, 2), 1)
+
+
+@triton.jit
+def pair_kernel(
+    x, y, x_mask, y_mask,  # [N, K, D], [M, L, D], any strides; bool [N, K], [M, L]
+    rows, columns,  # [count]: the sets of each pair; -1: none
+    grad,  # [count], of BACKWARD
+    out,  # the similarity [count], -inf where there is no pair; of BACKWARD grad ds/dc [count, X_SLOTS, Y_SLOTS]
+    entropies,  # [count], with NEED_ALPHA
+    alpha, count, K, L, D,
+    x_stride_n, x_stride_k, x_stride_d, y_stride_n, y_stride_k, y_stride_d,
+    x_mask_stride_n, x_mask_stride_k, y_mask_stride_n, y_mask_stride_k,
+    X_MASKED: tl.constexpr, Y_MASKED: tl.constexpr, X_SLOTS: tl.constexpr, Y_SLOTS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ALPHA_ON_DEVICE: tl.constexpr,
+    BACKWARD: tl.constexpr, NEED_ALPHA: tl.constexpr,
+):  # fmt: skip
+    """A program makes PAIRS pairs, by one product of all their vectors, of which it keeps what belongs together: so few
+    scores cost less than to read the vectors."""
+    if ALPHA_ON_DEVICE:
+        alpha = tl.load(alpha).to(tl.float32)
+    inverse = tl.minimum(tl.div_rn(1.0, alpha), _FLOAT32_MAX)
+    alpha = tl.minimum(alpha, _FLOAT32_MAX)
+    p = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    n = tl.load(rows + p, mask=p < count, other=-1)
+    m = tl.load(columns + p, mask=p < count, other=-1)
+    wanted = (n >= 0) & (m >= 0)
+    if BACKWARD:
+        g = tl.load(grad + p, mask=p < count, other=0)
+        wanted = wanted & (g != 0)
+    x_offset, x_valid = _vectors(
+        x_mask, n, wanted, K, x_stride_n, x_stride_k, x_mask_stride_n, x_mask_stride_k, X_MASKED, X_SLOTS
+    )  # fmt: skip
+    y_offset, y_valid = _vectors(
+        y_mask, m, wanted, L, y_stride_n, y_stride_k, y_mask_stride_n, y_mask_stride_k, Y_MASKED, Y_SLOTS
+    )  # fmt: skip
+    x_flat, x_there = _flat(x_offset), _flat(x_valid.to(tl.int32)) != 0
+    y_flat, y_there = _flat(y_offset), _flat(y_valid.to(tl.int32)) != 0
+    c = tl.zeros((PAIRS * X_SLOTS, PAIRS * Y_SLOTS), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        a = _rows(x, x_flat, x_there, start, D, x_stride_d, BLOCK_D)
+        b = _rows(y, y_flat, y_there, start, D, y_stride_d, BLOCK_D)
+        c = tl.dot(a, b.T, c, input_precision=PRECISION)
+    c = tl.reshape(c, (PAIRS, X_SLOTS, PAIRS, Y_SLOTS))
+    pair = tl.arange(0, PAIRS)
+    c = tl.sum(tl.where(pair[:, None, None, None] == pair[None, None, :, None], c, 0.0), 2)
+    valid = x_valid[:, :, None] & y_valid[:, None, :]
+    x_count = tl.sum(x_valid.to(tl.float32), 1)
+    y_count = tl.sum(y_valid.to(tl.float32), 1)
+    present = (x_count > 0) & (y_count > 0)
+    x_weight = (0.5 / tl.maximum(x_count, 1.0))[:, None, None]
+    y_weight = (0.5 / tl.maximum(y_count, 1.0))[:, None, None]
+    top, z, e, total = _softmax(c, valid, alpha, 2)
+    other_top, other_z, other_e, other_total = _softmax(c, valid, alpha, 1)
+    if BACKWARD:
+        w = x_weight * (e / total) + y_weight * (other_e / other_total)
+        w = tl.where(present[:, None, None], w * g[:, None, None], 0.0)
+        k = tl.arange(0, X_SLOTS)[None, :, None]
+        target = out + ((p[:, None, None] * X_SLOTS + k) * Y_SLOTS + tl.arange(0, Y_SLOTS)[None, None, :])
+        tl.store(target, w, mask=(p < count)[:, None, None])
+        if NEED_ALPHA:
+            mean = tl.sum(tl.where(e > 0, e * z, 0.0), 2, keep_dims=True) / total  # 0 * -inf
+            other_mean = tl.sum(tl.where(other_e > 0, other_e * other_z, 0.0), 1, keep_dims=True) / other_total
+            entropy = _sum(x_weight * (tl.log(total) - mean)) + _sum(y_weight * (tl.log(other_total) - other_mean))
+            tl.store(entropies + p, tl.where(present, entropy, 0.0), mask=p < count)
+    else:
+        s = _sum(tl.where(x_valid[:, :, None], x_weight * (top + tl.log(total) * inverse), 0.0))
+        s += _sum(tl.where(y_valid[:, None, :], y_weight * (other_top + tl.log(other_total) * inverse), 0.0))
+        s = tl.where(s > _FLOAT32_MAX, _FLOAT32_MAX, tl.where(s < -_FLOAT32_MAX, -_FLOAT32_MAX, s))  # NaN stays
+        s = tl.where(wanted, tl.where(present, s, 0.0), -_INFINITY)
+        tl.store(out + p, s, mask=p < count)
+
+
+@triton.jit
+def pair_gradient_kernel(
+    w, grad,  # [pairs, slots of x, slots of y]; [pairs], 0: w is not needed
+    other, other_mask,  # [M, L, D], any strides; bool [M, L]
+    partner,  # [pairs]: which set of the other side each pair has
+    order, offsets,  # set i has the pairs order[offsets[i]:offsets[i + 1]]
+    target,  # [N, K, D] float32, any strides
+    K, L, D, w_stride_own, w_stride_other,
+    stride_n, stride_k, stride_d, mask_stride_n, mask_stride_k, target_stride_n, target_stride_k, target_stride_d,
+    MASKED: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) adds what the pairs of set i give to features j of its gradient: ``sum of w other``, in order."""
+    own = tl.program_id(0).to(tl.int64)
+    first = tl.load(offsets + own)
+    last = tl.load(offsets + own + 1)
+    if first < last:
+        k = tl.arange(0, OWN)
+        slot = _flat(tl.broadcast_to(tl.arange(0, OTHER)[None, :], (PAIRS, OTHER)))
+        total = tl.zeros((OWN, BLOCK_D), tl.float32)
+        for start in range(first, last, PAIRS):
+            place = start + tl.arange(0, PAIRS)
+            pair = tl.load(order + place, mask=place < last, other=0)
+            live = (tl.load(grad + pair) != 0) & (place < last)
+            who = tl.load(partner + pair, mask=live, other=0)
+            offset, valid = _vectors(
+                other_mask, who, live, L, stride_n, stride_k, mask_stride_n, mask_stride_k, MASKED, OTHER
+            )  # fmt: skip
+            there = _flat(valid.to(tl.int32)) != 0
+            v = _rows(other, _flat(offset), there, tl.program_id(1) * BLOCK_D, D, stride_d, BLOCK_D).to(tl.float32)
+            each = _flat(tl.broadcast_to(pair[:, None] * (OWN * OTHER), (PAIRS, OTHER))) + slot * w_stride_other
+            share = tl.load(w + each[None, :] + (k * w_stride_own)[:, None], mask=there[None, :], other=0)
+            total += tl.sum(share[:, :, None] * v[None, :, :], 1)
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        place = target + own * target_stride_n + k.to(tl.int64)[:, None] * target_stride_k
+        place += (d.to(tl.int64) * target_stride_d)[None, :]
+        exists = (k < K)[:, None] & (d < D)[None, :]
+        tl.store(place, tl.load(place, mask=exists, other=0) + total, mask=exists)

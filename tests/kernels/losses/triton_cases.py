@@ -84,7 +84,7 @@ def test_many_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(70, 150), (5, 3)])
 def test_tile(shape: tuple[int, int], finite: bool, groups: int) -> None:
     """Each function of a tile next to its specification: several blocks, ties, and what is not finite."""
-    n, m = shape
+    n, _ = shape
     generator = torch.Generator().manual_seed(n)
     s = torch.randint(-3, 4, shape, generator=generator) / 3
     if not finite:
