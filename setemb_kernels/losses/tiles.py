@@ -136,9 +136,9 @@ class Gradients:
         )
         need_x, need_y, need_alpha, need_bias = self.needs
         if need_x:
-            self.x[rows] += x
+            self.x[rows].add_(x)  # += would copy the sum to where it is
         if need_y:
-            self.y[columns] += y
+            self.y[columns].add_(y)
         if need_alpha:
             self.alpha += alpha
         if need_bias:

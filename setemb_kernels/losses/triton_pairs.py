@@ -104,13 +104,18 @@ def _pair_config(K: int, L: int, dtype: torch.dtype) -> dict[str, Any]:
     """As many pairs to a program as fill a product of 16 x 16 rows."""
     slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
     pairs = 16 // min(slots_x, slots_y)
+    scores = pairs * slots_x * pairs * slots_y  # 256 to 4096
+    block_d = 128 if scores <= 1024 else 32
+    if dtype == torch.float32:  # whose products hold both operands in registers
+        block_d = 32 if scores <= 1024 else 16
     return {
         "X_SLOTS": slots_x,
         "Y_SLOTS": slots_y,
         "PAIRS": pairs,
-        "BLOCK_D": 32 if dtype == torch.float32 else 128,
-        "num_warps": 2 if pairs * pairs * slots_x * slots_y <= 1024 else 4,
+        "BLOCK_D": block_d,
+        "num_warps": max(2, scores // 512),
         "num_stages": 3,
+        "maxnreg": 255,  # left alone, the compiler may spill to make room for a second program
     }
 
 
