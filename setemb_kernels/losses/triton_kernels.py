@@ -416,24 +416,24 @@ def pair_gradient_kernel(
     first = tl.load(offsets + own)
     last = tl.load(offsets + own + 1)
     if first < last:
-        k = tl.arange(0, OWN)
-        slot = _flat(tl.broadcast_to(tl.arange(0, OTHER)[None, :], (PAIRS, OTHER)))
+        k = tl.arange(0, OWN)[:, None]
+        d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
         total = tl.zeros((OWN, BLOCK_D), tl.float32)
         for start in range(first, last, PAIRS):
-            place = start + tl.arange(0, PAIRS)
-            pair = tl.load(order + place, mask=place < last, other=0)
-            live = (tl.load(grad + pair) != 0) & (place < last)
-            who = tl.load(partner + pair, mask=live, other=0)
-            offset, valid = _vectors(
-                other_mask, who, live, L, stride_n, stride_k, mask_stride_n, mask_stride_k, MASKED, OTHER
-            )  # fmt: skip
-            there = _flat(valid.to(tl.int32)) != 0
-            v = _rows(other, _flat(offset), there, tl.program_id(1) * BLOCK_D, D, stride_d, BLOCK_D).to(tl.float32)
-            each = _flat(tl.broadcast_to(pair[:, None] * (OWN * OTHER), (PAIRS, OTHER))) + slot * w_stride_other
-            share = tl.load(w + each[None, :] + (k * w_stride_own)[:, None], mask=there[None, :], other=0)
-            total += tl.sum(share[:, :, None] * v[None, :, :], 1)
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        place = target + own * target_stride_n + k.to(tl.int64)[:, None] * target_stride_k
-        place += (d.to(tl.int64) * target_stride_d)[None, :]
-        exists = (k < K)[:, None] & (d < D)[None, :]
+            for i in tl.static_range(PAIRS):  # unrolled: their loads do not wait for each other
+                live = start + i < last
+                pair = tl.load(order + start + i, mask=live, other=0)
+                live = live & (tl.load(grad + pair, mask=live, other=0) != 0)
+                who = tl.load(partner + pair, mask=live, other=0)
+                for slot in tl.static_range(OTHER):
+                    valid = live & (L > slot)
+                    if MASKED:
+                        place = other_mask + who * mask_stride_n + slot * mask_stride_k
+                        valid = tl.load(place, mask=valid, other=0) != 0
+                    share = w + pair * (OWN * OTHER) + slot * w_stride_other + k * w_stride_own
+                    vector = other + who * stride_n + slot * stride_k + d.to(tl.int64) * stride_d
+                    v = tl.load(vector, mask=d < tl.where(valid, D, 0), other=0).to(tl.float32)
+                    total += tl.load(share, mask=k < tl.where(valid, K, 0), other=0) * v
+        place = target + own * target_stride_n + k.to(tl.int64) * target_stride_k + d.to(tl.int64) * target_stride_d
+        exists = (k < K) & (d < D)
         tl.store(place, tl.load(place, mask=exists, other=0) + total, mask=exists)

@@ -120,9 +120,9 @@ def _pair_config(K: int, L: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _gradient_config(K: int, L: int, D: int) -> dict[str, Any]:
-    """16 vectors of the other side at a time, and so many features that the products fit into registers."""
+    """16 vectors of the other side at a time, and as many features as registers hold sums of."""
     own, other = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
-    block_d = min(_triton.next_power_of_two(D), 8192 // (16 * own))
+    block_d = min(_triton.next_power_of_two(D), 1024, 2048 // own)
     return {"OWN": own, "OTHER": other, "PAIRS": 16 // other, "BLOCK_D": block_d, "num_warps": 4}
 
 

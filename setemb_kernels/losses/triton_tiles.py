@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from setemb_kernels.losses.tiles import Ids
     from setemb_kernels.losses.triplet import Winners
 
-BLOCK = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}
-"""Of a tile, for a program: partial results are an eighth of a tile's bytes at most."""
+BLOCK: dict[str, Any] = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8, "enable_fp_fusion": False}
+"""Of a tile, for a program: partial results are a twentieth of a tile's bytes. Without fused multiply-adds a logit is
+the same number wherever it is computed; these kernels wait for memory anyway."""
 
 COMBINE = {"ITEMS": 64, "PARTS": 32}
 """Rows or columns that a program combines, and blocks at a time."""
