@@ -426,7 +426,7 @@ def pair_gradient_kernel(
                 live = live & (tl.load(grad + pair, mask=live, other=0) != 0)
                 who = tl.load(partner + pair, mask=live, other=0)
                 for slot in tl.static_range(OTHER):
-                    valid = live & (L > slot)
+                    valid = live & (slot < L)
                     if MASKED:
                         place = other_mask + who * mask_stride_n + slot * mask_stride_k
                         valid = tl.load(place, mask=valid, other=0) != 0

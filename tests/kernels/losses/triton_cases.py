@@ -28,7 +28,6 @@ DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 INTERPRETED_PAIRS = (
     ("more rows than columns", torch.float16),
     ("one vector a set", torch.float32),
-    ("empty sets", torch.float32),
     ("one group: no negatives", torch.float16),
 )
 calls = 0
@@ -85,6 +84,8 @@ def test_many_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_finely(monkeypatch)
     monkeypatch.setattr(tiles, "TILE", 11)
     monkeypatch.setattr(triton_pairs, "WEIGHTS", 400)
+    if DEVICE == "cpu" and name != "hardest":
+        monkeypatch.setattr(triton_pairs, "serves", lambda sets: False)
     before = calls
     check(LOSSES[name], next(case for case in CASES if case.name == "masks"), DTYPES[-1], DEVICE)
     assert calls - before >= 6
