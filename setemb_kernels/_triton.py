@@ -44,19 +44,20 @@ _KINDS: dict[type, Callable[[Any], Any]] = {
 """Of an argument all that Triton may compile a kernel for."""
 
 
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **constants: Any) -> None:
-    """``kernel[(programs,)](*arguments, **constants)``, looked up by us.
+def launch(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, ...], **constants: Any) -> None:
+    """``kernel[programs](*arguments, **constants)``, looked up by us.
 
     For each call Triton binds and classifies all arguments anew, which costs the host more than the launch itself.
 
     Args:
         kernel: a ``triton.jit`` function, whose constexpr arguments come last.
-        programs: in one axis.
+        programs: how many, in one axis or two.
         arguments: tensors, numbers, None and descriptors, in order: all that are not constexpr.
         constants: constexpr arguments and options of the compiler.
     """
+    grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
     if not isinstance(kernel, triton.JITFunction):  # interpreted
-        kernel[(programs,)](*arguments, **constants)
+        kernel[grid](*arguments, **constants)
         return
     key = (
         kernel,
@@ -66,11 +67,11 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **constants: 
     )
     found = _COMPILED.get(key)
     if found is None:
-        compiled = kernel[(programs,)](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants)
         _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return
     compiled, rest = found
-    compiled[programs, 1, 1](*arguments, *rest)
+    compiled[grid](*arguments, *rest)
 
 
 # --- ahead of time

@@ -313,7 +313,7 @@ def _kernel_filter(sanitizer: str) -> tuple[str, ...]:
         return ()
     if "--kernel-name" not in options:
         return ()
-    sources = sorted(ROOT.glob("setemb_kernels/ops/*/triton_kernels.py"))
+    sources = sorted(ROOT.glob("setemb_kernels/**/triton_*.py"))
     names = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
     return tuple(word for name in ("setemb", *sorted(names)) for word in ("--kernel-name", f"kns={name}"))
 

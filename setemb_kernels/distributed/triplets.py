@@ -84,7 +84,7 @@ class HardestTriplet(NamedTuple):
             everyone = torch.cat((n, rows, column_winner[columns] - here.start))
             others = torch.cat((m, state.row_winner[rows] - there.start, columns))
             times = torch.cat((-active, state.row_count[rows], column_count[columns]))
-            triplet.add_summed(beside, everyone, others, times * weight)
+            pairs.add_summed(beside, everyone, others, times * weight)
 
         batch.collect_gradients(gradients, add, [state.columns])
         return []
@@ -168,7 +168,7 @@ class PairsTriplet(NamedTuple):
             everyone = torch.cat((n, row_n, state.column_winner[pushed] - here.start))
             others = torch.cat((m, row_m, positives.columns[pushed] - there.start))
             push = pull.new_ones(len(everyone) - len(pull))
-            triplet.add_summed(beside, everyone, others, torch.cat((pull, push)) * weight)
+            pairs.add_summed(beside, everyone, others, torch.cat((pull, push)) * weight)
 
         batch.collect_gradients(gradients, add)
         return []

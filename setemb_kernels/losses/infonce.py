@@ -46,18 +46,11 @@ def add_negatives(sets: Sets, scale: Tensor, rows: Tensor, columns: Tensor) -> t
     the positive pairs."""
     n, m = sets.positive_pairs()
     # Filled as the tiles come: small results kept between large ones that are freed would leave holes in the heap.
-    positives = sets.x.new_empty(len(n), dtype=sets.dtype)
+    logits = sets.x.new_empty(len(n), dtype=sets.dtype)
     for r, c in sets.tiles():
-        z = sets.similarity(r, c).mul_(scale)
-        first, last = torch.searchsorted(n, n.new_tensor([r.start, r.stop])).tolist()
-        (here,) = torch.nonzero((m[first:last] >= c.start) & (m[first:last] < c.stop), as_tuple=True)
-        here += first
-        place = n[here] - r.start, m[here] - c.start
-        positives[here] = z[place]
-        z[place] = -math.inf
-        rows[r] = torch.logaddexp(rows[r], z.logsumexp(1))
-        columns[c] = torch.logaddexp(columns[c], z.logsumexp(0))
-    return n, m, positives
+        s = sets.similarity(r, c)
+        sets.kernels.add_negatives(s, sets.ids(r, c), scale, rows[r], columns[c], (n, m), logits)
+    return n, m, logits
 
 
 def costs(
@@ -84,18 +77,8 @@ def add_gradients(
     by_scale = torch.zeros((), dtype=torch.float64, device=sets.x.device)
     for r, c in sets.tiles():
         s = sets.similarity(r, c)
-        z = s * scale
-        (row_lse, row_weight), (column_lse, column_weight) = rows[:, r], columns[:, c]
-        n, m = sets.positive(r, c).nonzero(as_tuple=True)
-        pull = (row_lse[n] - z[n, m]).sigmoid()
-        if symmetric:
-            pull += (column_lse[m] - z[n, m]).sigmoid()
-        g = (z - row_lse[:, None]).exp_().mul_(row_weight[:, None])
-        if symmetric:
-            g += z.sub_(column_lse).exp_().mul_(column_weight)
-        g[n, m] = -pull
-        g *= weight
-        by_scale += (g * s).sum(dtype=torch.float64)
+        g, part = sets.kernels.infonce_gradients(s, sets.ids(r, c), scale, weight, rows[:, r], columns[:, c], symmetric)
+        by_scale += part
         gradients.add_tile(r, c, g)
     return -by_scale * scale
 

@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from setemb_kernels.losses._op import define_loss
 from setemb_kernels.losses.tiles import Gradients, Sets
-
-
-def _signed(sets: Sets, rows: slice, columns: slice) -> Tensor:
-    """1 where a pair belongs together, else -1."""
-    return sets.positive(rows, columns).to(sets.dtype).mul_(2).sub_(1)
 
 
 def _forward(sets: Sets, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,8 +30,7 @@ def total(sets: Sets, scale: Tensor, bias: Tensor) -> Tensor:
     scale, bias = (v.to(sets.x.device, sets.dtype) for v in (scale, bias))
     loss = sets.x.new_zeros((), dtype=torch.float64)
     for r, c in sets.tiles():
-        z = sets.similarity(r, c).mul_(scale).add_(bias).mul_(_signed(sets, r, c)).neg_()
-        loss += softplus(z, threshold=40).sum(dtype=torch.float64)
+        loss += sets.kernels.sigmoid_cost(sets.similarity(r, c), sets.ids(r, c), scale, bias)
     return loss
 
 
@@ -46,11 +39,11 @@ def add_gradients(sets: Sets, gradients: Gradients, weight: Tensor, scale: Tenso
     scale, bias = (v.to(sets.x.device, sets.dtype) for v in (scale, bias))
     by_scale, by_bias = torch.zeros(2, dtype=torch.float64, device=sets.x.device)
     for r, c in sets.tiles():
-        s, sign = sets.similarity(r, c), _signed(sets, r, c)
-        by_z = (s * scale).add_(bias).mul_(sign).neg_().sigmoid_().mul_(sign).mul_(-weight)
-        by_bias += by_z.sum(dtype=torch.float64)
-        by_scale += s.mul_(by_z).sum(dtype=torch.float64)
-        gradients.add_tile(r, c, by_z.mul_(scale))
+        s = sets.similarity(r, c)
+        g, *parts = sets.kernels.sigmoid_gradients(s, sets.ids(r, c), scale, bias, weight)
+        by_scale += parts[0]
+        by_bias += parts[1]
+        gradients.add_tile(r, c, g)
     return [by_scale, by_bias]
 
 

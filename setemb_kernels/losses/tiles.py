@@ -9,11 +9,13 @@ the backward of the similarity. So no more than a tile is ever stored, on any de
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from setemb_kernels.backends import triton_absent
+from setemb_kernels.losses import torch_tiles
 from setemb_kernels.measure import Measure
 
 TILE = 1024
@@ -21,6 +23,26 @@ TILE = 1024
 
 GPU_TILE = 8192
 """The same on a GPU, where a launch costs as much as a small tile: 256 MiB of similarities."""
+
+
+class Ids(NamedTuple):
+    """Which pairs of a tile belong together: those of equal ids. Without ids, set i of x with set i of y."""
+
+    x: Tensor | None  # [n]
+    y: Tensor | None  # [m]
+    x_start: int
+    """The place in x of the tile's first row."""
+    y_start: int
+    shape: tuple[int, int]
+    device: torch.device
+
+    def positive(self) -> Tensor:
+        """bool ``[n, m]``"""
+        x, y = (
+            torch.arange(start, start + count, device=self.device) if ids is None else ids
+            for ids, start, count in zip((self.x, self.y), (self.x_start, self.y_start), self.shape, strict=True)
+        )
+        return x[:, None] == y
 
 
 class Sets(NamedTuple):
@@ -64,22 +86,32 @@ class Sets(NamedTuple):
     def measure(self) -> Measure:
         return Measure(self.kind, self.mean, self.alpha, self.bias)
 
-    def positive(self, rows: slice, columns: slice) -> Tensor:
-        """bool ``[n, m]``: which pairs of the tile belong together. Without groups, set i of x with set i of y."""
-        x, y = (
-            torch.arange(s.start, s.stop, device=self.x.device) if group is None else group[s]
-            for group, s in ((self.x_group, rows), (self.y_group, columns))
-        )
-        return x[:, None] == y
+    def ids(self, rows: slice, columns: slice) -> Ids:
+        """Of a tile."""
+        x, y = (None if group is None else group[s] for group, s in ((self.x_group, rows), (self.y_group, columns)))
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        return Ids(x, y, rows.start, columns.start, shape, self.x.device)
 
     def positive_pairs(self) -> tuple[Tensor, Tensor]:
         """Rows and columns of all positive pairs, by row, then by column."""
-        device = self.x.device
-        x, y = (
-            torch.arange(len(sets), device=device) if group is None else group
-            for group, sets in ((self.x_group, self.x), (self.y_group, self.y))
-        )
-        return positive_pairs(x, y)
+        if self.x_group is None or self.y_group is None:
+            diagonal = torch.arange(min(len(self.x), len(self.y)), device=self.x.device)
+            return diagonal, diagonal
+        return positive_pairs(self.x_group, self.y_group)
+
+    @property
+    def kernels(self) -> Any:
+        """The module that does what losses do with a tile: `torch_tiles`, or `triton_tiles`."""
+        if not fused(self):
+            return torch_tiles
+        from setemb_kernels.losses import triton_tiles
+
+        return triton_tiles
+
+
+def fused(sets: Sets) -> bool:
+    """Whether the losses' own kernels serve."""
+    return sets.x.device.type == "cuda" and sets.dtype == torch.float32 and not triton_absent()
 
 
 TENSORS = 8
@@ -104,9 +136,9 @@ class Gradients:
         )
         need_x, need_y, need_alpha, need_bias = self.needs
         if need_x:
-            self.x[rows] += x
+            self.x[rows].add_(x)  # += would copy the sum to where it is
         if need_y:
-            self.y[columns] += y
+            self.y[columns].add_(y)
         if need_alpha:
             self.alpha += alpha
         if need_bias:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -59,29 +60,26 @@ def _backward(
         positives.push_violations(gradients, pull, sets, margin, weight)
         pairs.add_gradients(gradients, positives.rows, positives.columns, pull)
         return []
+    everyone, others = positives.rows, positives.columns
     if negatives == "hardest":
-        values = _nearest(positives, sets, rows, columns)
-        winners = rows[positives.rows], columns[positives.columns]
+        best = Winners(with_winner(sets, rows, 0), rows), Winners(with_winner(sets, columns, 1), columns)
+        values = best[0].value[everyone], best[1].value[others]
+        of_x, of_y = (torch.arange(len(v), device=v.device) for v in (rows, columns))
     else:
         best = positives.no_winners()
         positives.add_semi_hard(best, sets)
-        values, winners = zip(*best, strict=True)
-    row_active, column_active = (positives.hinges(margin, value) > 0 for value in values)
-    everyone = torch.cat((positives.rows, positives.rows[row_active], winners[1][column_active]))
-    others = torch.cat((positives.columns, winners[0][row_active], positives.columns[column_active]))
-    pull = -(row_active.to(sets.dtype) + column_active)
-    push = pull.new_ones(len(everyone) - len(pull))
-    add_summed(gradients, everyone, others, torch.cat((pull, push)) * weight)
+        values = best[0].value, best[1].value
+        of_x, of_y = everyone, others
+    row_active, column_active = ((positives.hinges(margin, value) > 0).to(sets.dtype) for value in values)
+    pull = -(row_active + column_active)
+    if negatives == "hardest":  # sums of ones: exact in any order
+        row_active = torch.zeros_like(best[0].value).index_add_(0, everyone, row_active)
+        column_active = torch.zeros_like(best[1].value).index_add_(0, others, column_active)
+    # Without a winner no hinge is active: any set will do.
+    everyone = torch.cat((everyone, of_x, best[1].who.clamp(min=0)))
+    others = torch.cat((others, best[0].who.clamp(min=0), of_y))
+    pairs.add_summed(gradients, everyone, others, torch.cat((pull, row_active, column_active)) * weight)
     return []
-
-
-def add_summed(gradients: Gradients, rows: Tensor, columns: Tensor, by_similarity: Tensor) -> None:
-    """Pairs that occur several times are visited once."""
-    unique, index = torch.unique(rows * len(gradients.sets.y) + columns, return_inverse=True)
-    total = by_similarity.new_zeros(len(unique)).index_add_(0, index, by_similarity)
-    unique, total = unique[total != 0], total[total != 0]
-    width = max(len(gradients.sets.y), 1)
-    pairs.add_gradients(gradients, unique // width, unique % width, total)
 
 
 def _hardest(sets: Sets) -> tuple[Tensor, Tensor]:
@@ -99,10 +97,9 @@ def add_candidates(sets: Sets, rows: Winners, columns: Winners, y_start: int = 0
     """Compare the winners of each row and column with the negatives among these sets. In ``rows`` the first set of y
     has the index ``y_start``."""
     for r, c in sets.tiles():
-        s = sets.similarity(r, c).masked_fill_(sets.positive(r, c), -math.inf)
-        for winners, own, start, axis in ((rows, r, c.start + y_start, 1), (columns, c, r.start, 0)):
-            value, index = s.max(axis)
-            winners.compare(own, value, index + start)
+        own, others = (Winners(*(v[part] for v in best)) for best, part in ((rows, r), (columns, c)))
+        starts = r.start, c.start + y_start
+        sets.kernels.add_candidates(sets.similarity(r, c), sets.ids(r, c), own, others, starts)
 
 
 class Winners(NamedTuple):
@@ -132,12 +129,16 @@ class Positives:
 
     def __init__(self, rows: Tensor, columns: Tensor, s: Tensor, counts: tuple[int, int]) -> None:
         self.rows, self.columns, self.s, self.counts = rows, columns, s, counts
-        self._order = torch.arange(len(rows), device=rows.device), torch.argsort(columns, stable=True)
 
     @classmethod
     def of(cls, sets: Sets) -> Positives:
         rows, columns = sets.positive_pairs()
         return cls(rows, columns, pairs.similarities(sets, rows, columns), (len(sets.x), len(sets.y)))
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """Of the pairs, by row and by column."""
+        return torch.arange(len(self.rows), device=self.rows.device), torch.argsort(self.columns, stable=True)
 
     def hinges(self, margin: float, nearest: Tensor) -> Tensor:
         """``[P]``: by how much a negative, given its similarity, is nearer than the margin allows."""
@@ -200,7 +201,7 @@ class Positives:
 
     def _compared_in(self, sets: Sets, r: slice, c: slice, start: tuple[int, int]) -> Iterator[_Compared]:
         """The pairs whose row, then those whose column, is in a tile."""
-        s, positive = sets.similarity(r, c), sets.positive(r, c)
+        s, positive = sets.similarity(r, c), sets.ids(r, c).positive()
         for axis, (own, others, keys) in enumerate(((r, c, self.rows), (c, r, self.columns))):
             order, place = self._order[axis], own.start + start[axis]
             first, last = torch.searchsorted(keys[order], keys.new_tensor([place, own.stop + start[axis]])).tolist()
@@ -224,11 +225,8 @@ class _Compared(NamedTuple):
 
 def with_winner(sets: Sets, winner: Tensor, axis: int) -> Tensor:
     """The similarity of each set of x (axis 0) or y with its winner, -inf where it has none."""
-    out = sets.x.new_full((len(winner),), -math.inf, dtype=sets.dtype)
-    (own,) = torch.nonzero(winner >= 0, as_tuple=True)
-    pair = (own, winner[own]) if axis == 0 else (winner[own], own)
-    out[own] = pairs.similarities(sets, *pair)
-    return out
+    own = torch.arange(len(winner), device=winner.device)
+    return pairs.similarities(sets, *((own, winner) if axis == 0 else (winner, own)))
 
 
 def _nearest(positives: Positives, sets: Sets, row_winner: Tensor, column_winner: Tensor) -> tuple[Tensor, Tensor]:

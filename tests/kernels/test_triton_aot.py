@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from setemb_kernels._triton import Build  # noqa: E402
+from setemb_kernels.losses import triton_pairs, triton_tiles  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton as slot_attention  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as smooth_chamfer  # noqa: E402
@@ -60,6 +61,16 @@ SIMILARITIES = [  # kind, mean K and L, D, candidates: sizes in use, each branch
     (torch.float16, "soft_maxsim", 64, 20, 256, True),
     (torch.float32, "soft_maxsim", 32, 120, 128, False),
     (torch.float32, "maxsim", 2000, 2000, 3, True),
+]
+LISTED = [  # K, L, D, masked and with a gradient for alpha
+    (torch.bfloat16, 4, 4, 1024, False),
+    (torch.bfloat16, 3, 7, 1000, True),
+    (torch.bfloat16, 1, 1, 64, False),
+    (torch.bfloat16, 1, 16, 512, True),
+    (torch.float16, 16, 16, 256, True),
+    (torch.float32, 4, 4, 1024, False),
+    (torch.float32, 16, 1, 512, True),
+    (torch.float32, 2, 16, 512, True),
 ]
 CODES = [  # oldest architecture that has products of the type, kind, mean K and L, D, scaled
     (80, torch.int8, "maxsim", 32, 120, 128, True),
@@ -145,6 +156,26 @@ def test_codes(
     _check(reports[request.node.name].result(), arch, ANY_TENSOR_CORES)
 
 
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_tiles_of_losses(arch: int, reports: dict[str, Future[list[Report]]], request: pytest.FixtureRequest) -> None:
+    _check(reports[request.node.name].result(), arch, "")
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize(("dtype", "K", "L", "D", "masked"), LISTED)
+def test_listed_pairs(
+    dtype: torch.dtype,
+    K: int,
+    L: int,
+    D: int,
+    masked: bool,
+    arch: int,
+    reports: dict[str, Future[list[Report]]],
+    request: pytest.FixtureRequest,
+) -> None:
+    _check(reports[request.node.name].result(), arch, ANY_TENSOR_CORES)
+
+
 class Report(NamedTuple):
     """What became of one kernel."""
 
@@ -169,6 +200,10 @@ def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
     p, arch = parameters, parameters["arch"]
     if test == "test_smooth_chamfer":
         builds = smooth_chamfer.configs(p["K"], p["L"], 1024, p["dtype"], arch, p["masked"])
+    elif test == "test_tiles_of_losses":
+        builds = triton_tiles.configs()
+    elif test == "test_listed_pairs":
+        builds = triton_pairs.configs(p["K"], p["L"], p["D"], p["dtype"], p["masked"])
     elif test == "test_codes":
         builds = set_similarity.configs_of_codes(p["kind"], p["K"], p["L"], p["D"], p["dtype"], p["scaled"])
     elif test == "test_set_similarity":

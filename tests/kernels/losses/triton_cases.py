@@ -5,6 +5,7 @@ On a GPU these serve anyway. Interpreted, they take the place of the compiled ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 pytest.importorskip("triton")
 
 from setemb_kernels import set_rank, set_topk
+from setemb_kernels.losses import pairs, tiles, torch_tiles, triplet, triton_pairs, triton_tiles
 from setemb_kernels.ops.smooth_chamfer import mixed, reference
 from setemb_kernels.ops.smooth_chamfer import triton as backend
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
@@ -23,6 +25,11 @@ from tests.kernels.losses.cases import CASES, LOSSES, Case, check, cut_finely
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
+INTERPRETED_PAIRS = (
+    ("more rows than columns", torch.float16),
+    ("one vector a set", torch.float32),
+    ("one group: no negatives", torch.float16),
+)
 calls = 0
 
 
@@ -33,6 +40,7 @@ def triton_serves() -> Iterator[None]:
         for name in ("forward", "backward"):
             patch.setattr(backend, name, counted(getattr(backend, name)))
         if DEVICE == "cpu":
+            patch.setattr(tiles, "fused", lambda sets: True)
             library.impl("smooth_chamfer", forward, "CPU", allow_override=True)
             library.impl("smooth_chamfer_mixed", mixed._decoded, "CPU", allow_override=True)
             library.impl("smooth_chamfer_backward", lambda *args: backend.backward(*args), "CPU", allow_override=True)
@@ -62,7 +70,10 @@ def counted(function: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_loss(case: Case, name: str, dtype: torch.dtype) -> None:
+def test_loss(case: Case, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, kernels of listed pairs take seconds a case: they have some of the cases."""
+    if DEVICE == "cpu" and (case.name, dtype) not in INTERPRETED_PAIRS:
+        monkeypatch.setattr(triton_pairs, "serves", lambda sets: False)
     before = calls
     check(LOSSES[name], case, dtype, DEVICE)
     assert calls > before or 0 in (case.N, case.M)
@@ -71,9 +82,85 @@ def test_loss(case: Case, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_many_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_finely(monkeypatch)
+    monkeypatch.setattr(tiles, "TILE", 11)
+    monkeypatch.setattr(triton_pairs, "WEIGHTS", 400)
+    if DEVICE == "cpu" and name != "hardest":
+        monkeypatch.setattr(triton_pairs, "serves", lambda sets: False)
     before = calls
     check(LOSSES[name], next(case for case in CASES if case.name == "masks"), DTYPES[-1], DEVICE)
-    assert calls - before >= 24
+    assert calls - before >= 6
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("shape", [(70, 150), (5, 3)])
+def test_tile(shape: tuple[int, int], finite: bool, groups: int) -> None:
+    """Each function of a tile next to its specification: several blocks, ties, and what is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randint(-3, 4, shape, generator=generator) / 3
+    if not finite:
+        s[:, 1], s[0, 1], s[2], s[0] = -0.0, 0.0, -3e38, 3e38
+        s[1, 2], s[3, 1], s[4, 0] = math.inf, -math.inf, math.nan
+    x_ids, y_ids = (torch.randint(0, groups, (k,), generator=generator) if groups else None for k in shape)
+    lse = [torch.randn(k, generator=generator) for k in shape]
+    lse[0][4] = -math.inf
+    results = []
+    for maths, device in ((torch_tiles, "cpu"), (triton_tiles, DEVICE)):
+        there = (None if v is None else v.to(device) for v in (x_ids, y_ids))
+        ids = tiles.Ids(*there, 10, 12, shape, torch.device(device))
+        winners = [triplet.Winners.of(v.to(device), torch.float32) for v in lse]
+        winners[0].value[:3], winners[0].who[:3] = 1.0, torch.tensor([0, 105, 500], device=device)
+        rows, columns = (v.clone().to(device) for v in lse)
+        row_state, column_state = (torch.stack((v, v.sigmoid()), 1).to(device).T for v in lse)
+        scale, weight, bias = (torch.tensor(v, device=device) for v in (20.0, 0.3, -10.0))
+        n, m = ids.positive().nonzero(as_tuple=True)
+        logits = torch.zeros(len(n), device=device)
+
+        def tile() -> Tensor:
+            return s.clone().to(device)  # noqa: B023
+
+        maths.add_candidates(tile(), ids, *winners, (100, 200))
+        maths.add_negatives(tile(), ids, scale, rows, columns, (n + 10, m + 12), logits)
+        found = [*winners[0], *winners[1], rows, columns, logits, maths.sigmoid_cost(tile(), ids, scale, bias)]
+        for symmetric in (True, False):
+            found += maths.infonce_gradients(tile(), ids, scale, weight, row_state, column_state, symmetric)
+        found += maths.sigmoid_gradients(tile(), ids, scale, bias, weight)
+        results.append([v.cpu() for v in found])
+    torch.testing.assert_close(*results, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("K", "L", "D", "dtype"), [(3, 4, 150, torch.float16), (1, 16, 20, torch.float32)])
+def test_listed_pairs(
+    K: int, L: int, D: int, dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Next to batched products: sets in no pair and in many, pairs twice, none, without a gradient; any strides; what a
+    masked vector holds."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(K, 5, D, generator=generator).transpose(0, 1).mul_(D**-0.5)
+    y = torch.randn(7, L, 2 * D, generator=generator)[..., ::2].mul_(D**-0.5)
+    masks: list[Tensor | None] = [None, None]
+    if masked:
+        masks = [torch.rand(len(v), v.shape[1], generator=generator) < 0.5 for v in (x, y)]
+        for v, mask in zip((x, y), masks, strict=True):
+            mask[2] = False
+            v[~mask] = math.nan
+    rows = torch.tensor([0, 0, 0, 0, 0, 0, 0, 4, 4, 1, -1, 2, 3, 3])
+    columns = torch.tensor([5, 5, 1, 2, 6, 4, 0, 1, 2, 3, 3, 1, -1, 0])
+    grad = torch.randn(len(rows), generator=generator)
+    grad[[3, 10, 12]] = 0
+    results = []
+    for device, served in (("cpu", False), (DEVICE, True)):
+        monkeypatch.setattr(tiles, "fused", lambda sets: served)  # noqa: B023
+        tensors = [None if v is None else v.to(device) for v in (x.to(dtype), y.to(dtype), *masks)]
+        sets = tiles.Sets(*tensors[:2], torch.tensor(9.0), torch.tensor(0.0), *tensors[2:], None, None)
+        n, m, g = (v.to(device) for v in (rows, columns, grad))
+        gradients = tiles.Gradients(sets, True, True, True, False)
+        gradients.x += 1
+        similarity = pairs.similarities(sets, n, m)
+        pairs.add_summed(gradients, n.clamp(min=0), m.clamp(min=0), g)
+        results.append([v.cpu() for v in (similarity, gradients.x, gradients.y, gradients.alpha)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=lambda dtype: str(dtype)[6:])
