@@ -154,7 +154,8 @@ class GpuRun:
             what = ["tests/kernels/slot_attention/test_table.py", "-k", "test_op and paper and float32"]
         else:
             name = {"cuda": "gpu_cases.py", "triton": "triton_cases.py"}[which]
-            what = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/kernels/*/{name}"))
+            paths = sorted(ROOT.glob(f"tests/kernels/*/{name}"), key=lambda path: (path.stat().st_size, path))
+            what = [str(path.relative_to(ROOT)) for path in paths]
         options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tally", "--tally", str(lines)]
         if which in WORKERS and importlib.util.find_spec("xdist"):
             options += ["-n", str(WORKERS[which])]

@@ -50,8 +50,8 @@ SETEMB_DEVICE Sharpness sharpness(const TileParams& p) {
 }
 
 // log2(v[0] v[1] ...) of at most 16 positive normal numbers, by one logarithm: exponents are added, mantissas
-// multiplied.
-template <int n>
+// multiplied. Entropies, most of which cancel in a gradient of alpha, take the exact one.
+template <bool exact = false, int n>
 SETEMB_DEVICE float log2_of_product(const float (&v)[n]) {
   int exponent = -127 * n;
   float mantissa = 1;
@@ -60,7 +60,7 @@ SETEMB_DEVICE float log2_of_product(const float (&v)[n]) {
     exponent += static_cast<int>(bits_of(v[i]) >> 23);
     mantissa *= float_of((bits_of(v[i]) & 0x7fffffu) | 0x3f800000u);
   }
-  return static_cast<float>(exponent) + log2_fast(mantissa);
+  return static_cast<float>(exponent) + (exact ? log2_exact(mantissa) : log2_fast(mantissa));
 }
 
 // The two groups of a warp, and what is known of them.
@@ -358,7 +358,7 @@ SETEMB_DEVICE float entropy_of_rows(const Block<SX, SY>& block, float unit, cons
     }
     mean += B::over_columns(sum) / total[k];
   }
-  return B::over_rows(log2_of_product(total) - mean);
+  return B::over_rows(log2_of_product<true>(total) - mean);
 }
 template <int SX, int SY>
 SETEMB_DEVICE float entropy_of_columns(const Block<SX, SY>& block, float unit, const float (&top)[Block<SX, SY>::L],
@@ -376,7 +376,7 @@ SETEMB_DEVICE float entropy_of_columns(const Block<SX, SY>& block, float unit, c
     }
     mean += B::over_rows(sum) / total[l];
   }
-  return B::over_columns(log2_of_product(total) - mean);
+  return B::over_columns(log2_of_product<true>(total) - mean);
 }
 
 // W in place of the scores. Returns this lane's part of the sum for the gradient of alpha.

@@ -145,6 +145,15 @@ SETEMB_DEVICE float log2_fast(float v) {
 #endif
 }
 
+// To the last bit or so, of a normal v.
+SETEMB_DEVICE float log2_exact(float v) {
+#if defined(__CUDACC__)
+  return log2f(v);
+#else
+  return std::log2(v);
+#endif
+}
+
 // Relative error 2^-23 for |v| within [2^-126, 2^126].
 SETEMB_DEVICE float reciprocal_fast(float v) {
 #if defined(__CUDACC__)

@@ -35,10 +35,11 @@ def config_of(heads: int, K: int, T: int, D: int, dtype: torch.dtype, backward: 
     block_d = max(16, _triton.next_power_of_two(D))
     if dtype == torch.float32 or rows > MOST_ROWS:
         return None
-    if rows * block_d <= SUMS:
-        most = SUMS // 2 if backward else SUMS  # gradients of tokens are beside them
-        return shared.Config(rows, max(16, min(64, most // block_d)), block_d, 4, 2 if backward else 3)
-    return shared.Config(rows, 64, 128, 8, 3) if T <= 64 else None
+    if rows * block_d > SUMS:
+        return shared.Config(rows, 64, 128, 8, 3) if T <= 64 else None
+    if backward:  # gradients of tokens are beside the sums
+        return shared.Config(rows, max(16, min(32, SUMS // 2 // block_d)), block_d, 4, 3 if block_d >= 256 else 2)
+    return shared.Config(rows, max(16, min(64, 2 * SUMS // block_d)), block_d, 8 if block_d >= 256 else 4, 3)
 
 
 def _launch(q: Tensor, k: Tensor, D: int, backward: bool) -> tuple[shared.Config, int, int] | None:

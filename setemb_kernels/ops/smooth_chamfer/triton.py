@@ -40,6 +40,7 @@ NaN: its pairs become NaN, no others do.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -69,6 +70,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @functools.cache  # noqa: B019 -- there are few
     def launch(self) -> dict[str, Any]:
         """Keyword arguments of a launch."""
         names = {"rows": "ROWS", "columns": "COLUMNS", "part": "PART", "block_d": "BLOCK_D", "tiles": "TILES"}
@@ -105,6 +107,7 @@ def backward_config(K: int, L: int, D: int, dtype: torch.dtype, arch: int, shift
     return _config(K, L, dtype, arch, rows=64 if shifted else 128, shifted=shifted, stages=3)
 
 
+@functools.cache
 def _config(K: int, L: int, dtype: torch.dtype, arch: int, rows: int, shifted: bool, stages: int) -> Config:
     """What the compiler holds in registers without a spill, read off for each kind of chip.
 

@@ -148,6 +148,7 @@ def test_tf32(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         return eager(i._replace(x=rounded_to_tf32(i.x), y=rounded_to_tf32(i.y)), order)
 
     monkeypatch.setattr(set_cases, "_eager_in_another_order", in_tf32)
+    monkeypatch.setattr(set_cases, "on_cpu", lambda inputs: inputs)
     set_cases.check(run, NAMED[name], torch.float32, DEVICE)
     inputs = NAMED[name].build(torch.float32, DEVICE)[:5]
     here = smooth_chamfer.forward(*inputs)
@@ -160,6 +161,7 @@ def test_tf32(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slot_attention_in_tf32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in slot_cases.CASES if case.name == name)
     slot_cases.judge_in_tf32(monkeypatch)
+    monkeypatch.setattr(slot_cases, "on_cpu", lambda inputs: inputs)
     slot_cases.check(slots, case, torch.float32, DEVICE)
     inputs = case.build(torch.float32, DEVICE)
     here, _ = slot_attention.forward(*inputs[:-1])

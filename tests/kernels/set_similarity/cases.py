@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels.ops.set_similarity import reference
-from tests.kernels.judge import judge
+from tests.kernels.judge import judge, on_cpu
 
 KINDS = ("smooth_chamfer", "chamfer", "maxsim", "soft_maxsim", "max", "match_probability")
 """Those of the op; "mean" is made of one of them."""
@@ -300,7 +300,9 @@ def check(
     """
     inputs = case.build(kind, dtype, device, seed)
     condition = 2 * case.D**0.5 * _largest_logit(inputs) if few else 1.0
-    _compare(f"{case.name}, {kind}, {dtype}", inputs, run(inputs), inputs, inputs, dtype, condition)
+    results = run(inputs)
+    inputs = on_cpu(inputs)
+    _compare(f"{case.name}, {kind}, {dtype}", inputs, results, inputs, inputs, dtype, condition)
 
 
 def _largest_logit(i: Inputs) -> float:
@@ -319,6 +321,7 @@ def check_wide(run: Run, case: Case, kind: str, dtype: torch.dtype, device: str 
     inputs = inputs._replace(grad=inputs.grad.float() * (1 + 2**-12))  # which 16 bits cannot hold
     results = run(inputs)
     assert [r.dtype for r in results[:3]] == [torch.float32, dtype, dtype]
+    inputs = on_cpu(inputs)
     single = inputs.to(torch.float32)
     narrow = inputs._replace(grad=inputs.grad.to(dtype))
     _compare(
@@ -347,7 +350,8 @@ def _compare(
     terms = reference_results(i.to(torch.float64)._replace(grad=i.grad.double().abs()))
     eagers = [_eager_in_another_order(i, order) for i in (forward, backward) for order in range(3)]
     ours = (reference_results(forward)[0], *reference_results(backward)[1:])
-    for n, (name, got, truth) in enumerate(zip(NAMES, results, truths, strict=True)):
+    for n, (name, result, truth) in enumerate(zip(NAMES, results, truths, strict=True)):
+        got = result.cpu()
         plain = [e[n] for e in (eagers[:3] if n == 0 else eagers[3:])]
         if n == 0 and i.candidates is not None:
             none = i.candidates < 0

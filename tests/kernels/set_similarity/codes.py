@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels.ops.set_similarity.layout import PackedSets
-from tests.kernels.judge import judge
+from tests.kernels.judge import judge, on_cpu
 from tests.kernels.set_similarity.cases import Case, Inputs, _eager_in_another_order, reference_results
 
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -42,9 +42,10 @@ def check(
     for v, offsets, dtype in ((i.x, i.x_offsets, x_dtype), (i.y, i.y_offsets, y_dtype)):
         floating = PackedSets(v.nan_to_num(0).to(dtype), offsets)
         sides.append(encoded(v * (1 if scaled else 50), offsets, dtype, scaled) if dtype in CODES else floating)
-    got = run(*sides, i)
+    got = run(*sides, i).cpu()
     x, y = (side.decoded(torch.float32).rows for side in sides)
-    plain = i._replace(x=x, y=y)
+    i = on_cpu(i)
+    plain = i._replace(x=x.cpu(), y=y.cpu())
     truth = reference_results(plain.to(torch.float64))[0]
     eager = [_eager_in_another_order(plain, order)[0] for order in range(3)]
     assert got.dtype == torch.float32

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels.ops.slot_attention import reference
-from tests.kernels.judge import judge
+from tests.kernels.judge import judge, on_cpu
 from tests.kernels.tf32 import Tf32Products
 
 
@@ -272,6 +272,7 @@ def check(run: Callable[[Inputs], Results], case: Case, dtype: torch.dtype, devi
     """Run one case and compare update and gradients with the float64 reference."""
     inputs = case.build(dtype, device, seed)
     results = run(inputs)
+    inputs = on_cpu(inputs)
     double = inputs._replace(
         **{n: t.double() for n, t in inputs._asdict().items() if isinstance(t, Tensor) and n != "mask"}
     )

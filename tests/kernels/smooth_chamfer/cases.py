@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels.ops.smooth_chamfer import reference
-from tests.kernels.judge import judge
+from tests.kernels.judge import judge, on_cpu
 
 
 class Inputs(NamedTuple):
@@ -222,6 +222,7 @@ def check(run: Run, case: Case, dtype: torch.dtype, device: str = "cpu", seed: i
     """Run one case and compare similarity and gradients with the float64 reference."""
     inputs = case.build(dtype, device, seed)
     results = run(inputs)
+    inputs = on_cpu(inputs)
     truths = reference_results(_double(inputs))
     in_reference = reference_results(inputs)
     terms = reference_results(_double(inputs)._replace(grad=inputs.grad.double().abs()))[3].abs().item()
@@ -251,6 +252,7 @@ def check_wide(run: Run, case: Case, dtype: torch.dtype, device: str = "cpu") ->
     inputs = inputs._replace(grad=inputs.grad.float() * (1 + 2**-12))  # which 16 bits cannot hold
     s, x_grad, y_grad, alpha_grad = run(inputs)
     assert (s.dtype, x_grad.dtype, y_grad.dtype) == (torch.float32, dtype, dtype)
+    inputs = on_cpu(inputs)
     truths = reference_results(_double(inputs))
     single = Inputs(*(v.float() if v is not None and v.is_floating_point() else v for v in inputs))
     plain = [_eager_in_another_order(single, order) for order in range(3)]
