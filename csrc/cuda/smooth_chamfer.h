@@ -24,11 +24,12 @@
 
 namespace setemb::cuda {
 
-constexpr int kGroup = 64;      // rows
-constexpr int kTile = 128;      // rows and columns of a block of threads: two groups each
-constexpr int kStepBytes = 64;  // of one row that a block loads at a time
-constexpr int kStages = 4;      // steps under way
-constexpr int kThreads = 128;   // of a block: a warp for each pair of groups
+constexpr int kGroup = 64;         // rows
+constexpr int kTile = 128;         // rows and columns of a block of threads: two groups each
+constexpr int kStepBytes = 64;     // of one row that a block loads at a time
+constexpr int kStages = 4;         // steps under way
+constexpr int kThreads = 128;      // of a block: a warp for each pair of groups
+constexpr int kPackThreads = 512;  // of a block that packs or unpacks a group
 constexpr int kBlocksAProcessor = 2;
 constexpr int kTileShared = kStages * 2 * kTile * kStepBytes;
 constexpr int kMaxSlots = 64;
@@ -48,6 +49,7 @@ struct PackParams {
   int K, D, slots, features;
   int largest_exponent;  // |packed| < 2^largest_exponent: no dot product overflows
   int round_to_tf32;
+  bool by_four;  // features are neighbours, and each vector begins where four may be read at once
 };
 
 struct UnpackParams {

@@ -3,6 +3,7 @@
 // setemb_kernels/ops/smooth_chamfer/cuda.py, which checked sizes and dtypes.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <type_traits>
@@ -63,6 +64,9 @@ void pack(const Tensor& v, const std::optional<Tensor>& mask, const Tensor& rows
   p.slots = static_cast<int>(slots), p.features = static_cast<int>(rows.size(1));
   p.largest_exponent = (124 - ceil_log2(rows.size(1))) / 2;
   p.round_to_tf32 = arithmetic == Arithmetic::kTf32;
+  const int64_t element = arithmetic == Arithmetic::kBFloat16 || arithmetic == Arithmetic::kFloat16 ? 2 : 4;
+  p.by_four = p.stride_d == 1 && p.D % 4 == 0 && p.stride_n % 4 == 0 && p.stride_k % 4 == 0 &&
+              reinterpret_cast<std::uintptr_t>(p.v) % (4 * element) == 0;
   launch_pack(arithmetic, p, groups, stream);
 }
 

@@ -1,4 +1,4 @@
-// Into packed order and back. A block of threads handles one group of 64 rows, a warp its rows one after another.
+// Into packed order and back. A block of threads handles one group of 64 rows, a warp some of them one after another.
 #pragma once
 
 #include "smooth_chamfer.h"
@@ -38,10 +38,17 @@ SETEMB_DEVICE bool is_valid(const uint8_t* mask, int64_t stride_n, int64_t strid
   return n < N && k < K && (mask == nullptr || load(mask + n * stride_n + k * stride_k) != 0);
 }
 
+// Neighbours that a thread takes at once, where memory lets it.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T v[4];
+};
+
 constexpr int kPackShared = 3 * kGroup * 4;
+constexpr int kPackWarps = kPackThreads / kWarp;
 
 template <class T>
-SETEMB_KERNEL(kThreads, 1)
+SETEMB_KERNEL(kPackThreads, 1)
 pack_kernel(PackParams p) {
   const int thread = thread_index(), lane = lane_index();
   auto* largest = reinterpret_cast<uint32_t*>(shared_memory());  // [64] bits of the largest |v| of a row
@@ -62,13 +69,22 @@ pack_kernel(PackParams p) {
 
   const T* v = static_cast<const T*>(p.v);
   SETEMB_NO_UNROLL
-  for (int row = warp_index(); row < kGroup; row += kThreads / kWarp) {
+  for (int row = warp_index(); row < kGroup; row += kPackWarps) {
     uint32_t top = 0;
     if (load(row_valid + row)) {
       const T* source = v + (first + row % in_group) * p.stride_n + row / in_group * p.stride_k;
-      for (int d = lane; d < p.D; d += kWarp) {
-        const uint32_t bits = bits_of(to_float(load(source + d * p.stride_d))) & 0x7fffffffu;
+      const auto raise = [&](T value) {
+        const uint32_t bits = bits_of(to_float(value)) & 0x7fffffffu;
         top = bits > top ? bits : top;
+      };
+      if (p.by_four) {
+        for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
+          const Four<T> values = load(reinterpret_cast<const Four<T>*>(source + d));
+          SETEMB_UNROLL
+          for (int i = 0; i < 4; ++i) raise(values.v[i]);
+        }
+      } else {
+        for (int d = lane; d < p.D; d += kWarp) raise(load(source + d * p.stride_d));
       }
     }
     top = warp_max(top);
@@ -87,17 +103,33 @@ pack_kernel(PackParams p) {
     return top >= 0x7f800000u || excess < 0 ? 0 : excess;
   };
   SETEMB_NO_UNROLL
-  for (int row = warp_index(); row < kGroup; row += kThreads / kWarp) {
+  for (int row = warp_index(); row < kGroup; row += kPackWarps) {
     const bool valid = load(row_valid + row) != 0;
     const float factor = power_of_two(-exponent_of(row));
     const T* source = v + (first + row % in_group) * p.stride_n + row / in_group * p.stride_k;
     T* target = static_cast<T*>(p.packed) + (first_row + row) * p.features;
     float sum = 0;
-    for (int d = lane; d < p.features; d += kWarp) {
-      float value = valid && d < p.D ? to_float(load(source + d * p.stride_d)) * factor : 0.0f;
+    const auto packed = [&](T v) {
+      float value = to_float(v) * factor;
       sum += value * value;
       if (sizeof(T) == 4 && p.round_to_tf32) value = float_of(to_tf32(value));
-      store(target + d, from_float<T>(value));
+      return from_float<T>(value);
+    };
+    const T zero = from_float<T>(0.0f);
+    if (p.by_four) {
+      for (int d = 4 * lane; d < p.features; d += 4 * kWarp) {
+        Four<T> values = {{zero, zero, zero, zero}};
+        if (valid && d < p.D) {
+          values = load(reinterpret_cast<const Four<T>*>(source + d));
+          SETEMB_UNROLL
+          for (int i = 0; i < 4; ++i) values.v[i] = packed(values.v[i]);
+        }
+        store(reinterpret_cast<Four<T>*>(target + d), values);
+      }
+    } else {
+      for (int d = lane; d < p.features; d += kWarp) {
+        store(target + d, valid && d < p.D ? packed(load(source + d * p.stride_d)) : zero);
+      }
     }
     sum = warp_sum(sum);
     if (lane == 0) store(square + row, sum);
@@ -131,7 +163,7 @@ pack_kernel(PackParams p) {
 
 // Gradients out of range become infinite, as of any other op.
 template <class T>
-SETEMB_KERNEL(kThreads, 1)
+SETEMB_KERNEL(kPackThreads, 1)
 unpack_kernel(UnpackParams p) {
   const int lane = lane_index();
   const int in_group = kGroup / p.slots;
@@ -139,7 +171,7 @@ unpack_kernel(UnpackParams p) {
   const int64_t first_row = static_cast<int64_t>(block_index()) * kGroup;
   const int shift = load(p.shift + 1) - kWeightExponent;
   SETEMB_NO_UNROLL
-  for (int row = warp_index(); row < kGroup; row += kThreads / kWarp) {
+  for (int row = warp_index(); row < kGroup; row += kPackWarps) {
     const int64_t n = first + row % in_group;
     const int k = row / in_group;
     if (n >= p.last || k >= p.K) continue;
@@ -147,8 +179,17 @@ unpack_kernel(UnpackParams p) {
     const int e = shift - static_cast<int>(load(p.exponent + n));
     const float* source = p.sums + (first_row + row) * p.features;
     T* target = static_cast<T*>(p.out) + (n * p.K + k) * p.D;
-    for (int d = lane; d < p.D; d += kWarp) {
-      store(target + d, from_float<T>(valid ? times_power(load(source + d), e) : 0.0f));
+    const auto gradient = [&](float sum) { return from_float<T>(valid ? times_power(sum, e) : 0.0f); };
+    if (p.D % 4 == 0) {
+      for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
+        const Four<float> sums = load(reinterpret_cast<const Four<float>*>(source + d));
+        Four<T> values;
+        SETEMB_UNROLL
+        for (int i = 0; i < 4; ++i) values.v[i] = gradient(sums.v[i]);
+        store(reinterpret_cast<Four<T>*>(target + d), values);
+      }
+    } else {
+      for (int d = lane; d < p.D; d += kWarp) store(target + d, gradient(load(source + d)));
     }
   }
 }

@@ -22,7 +22,7 @@ void with_storage(Arithmetic arithmetic, const F& f) {
 
 void launch_pack(Arithmetic arithmetic, const PackParams& p, int64_t groups, Stream stream) {
   with_storage(arithmetic, [&](auto t) {
-    launch("smooth_chamfer pack", pack_kernel<decltype(t)>, p, groups, kThreads, kPackShared, stream);
+    launch("smooth_chamfer pack", pack_kernel<decltype(t)>, p, groups, kPackThreads, kPackShared, stream);
   });
 }
 
@@ -30,7 +30,7 @@ void launch_unpack(Arithmetic arithmetic, const UnpackParams& p, Stream stream) 
   const int64_t in_group = kGroup / p.slots;
   const int64_t groups = (p.last - p.first + in_group - 1) / in_group;
   with_storage(arithmetic, [&](auto t) {
-    launch("smooth_chamfer unpack", unpack_kernel<decltype(t)>, p, groups, kThreads, 0, stream);
+    launch("smooth_chamfer unpack", unpack_kernel<decltype(t)>, p, groups, kPackThreads, 0, stream);
   });
 }
 
