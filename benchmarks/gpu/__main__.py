@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 8.0
 SECONDS = {"machine": 30, "build c++": 150, "build cuda": 150}
 """At most, of each of these stages."""
-PREPARING = 200.0
+PREPARING = 210.0
 """Of all that is done at the same time before measuring: builds, tests and `compile`."""
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZING = 50.0
