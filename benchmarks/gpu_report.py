@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.figure import Bars
 from benchmarks.figure import figure as draw
-from benchmarks.gpu.table import NOT_OURS, PEERS, floor
+from benchmarks.gpu.table import NOT_OURS, PEERS, floor, sizes_of
 
 ROOT = Path(__file__).parent.parent
 FAR = 0.02
@@ -76,8 +76,7 @@ def _table(content: dict[str, Any]) -> list[str]:
     batches = []
     for row in content["rows"]:
         if "batches" in row:
-            sizes = ", ".join(f"{who} {n:,}" for who, n in row["batches"].items())
-            batches.append(f"{row['row']}: {sizes}.")
+            batches.append(f"{row['row']}: {', '.join(sizes_of(row))}.")
             continue
         if "product" not in row.get("milliseconds", {}):
             continue

@@ -139,9 +139,11 @@ def test_a_batch_that_does_not_fit(error: Exception) -> None:
             raise error
         return (x * y).float().sum()
 
-    assert gpu_rows._fits(fails_from_32, 16, "cpu") and not gpu_rows._fits(fails_from_32, 32, "cpu")
+    seconds = gpu_rows._step(fails_from_32, 16, "cpu")
+    assert seconds is not None and seconds > 0
+    assert gpu_rows._step(fails_from_32, 32, "cpu") is None
     with pytest.raises(RuntimeError, match="illegal"):
-        gpu_rows._fits(lambda x, y: fails(RuntimeError("CUDA error: illegal"))(None)(), 16, "cpu")
+        gpu_rows._step(lambda x, y: fails(RuntimeError("CUDA error: illegal"))(None)(), 16, "cpu")
 
 
 def test_a_wrong_result_shows() -> None:

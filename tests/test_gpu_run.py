@@ -220,6 +220,9 @@ def test_what_is_not_compiled_beforehand_fails_nothing(tmp_path: Path) -> None:
 
     def answer(command: list[str], log: Path, environment: dict[str, str]) -> int:
         seen.append(environment)
+        if "--compile-only" not in command:
+            assert "benchmarks.gpu.small_cases" in command
+            return 0
         part, of = command[command.index("--compile-only") + 1 :][:2]
         parts.append(part)
         assert of == str(COMPILERS)
@@ -243,7 +246,7 @@ def test_what_is_not_compiled_beforehand_fails_nothing(tmp_path: Path) -> None:
     assert (stage.status, stage.detail) == ("ok", f"{COMPILERS - 1} rows, 2 failures")
     assert stage.data["failures"] == ["row 1, compiled: out of memory", "part 2: exit -9: Killed"]
     gpu_run(tmp_path, lambda command, log, environment: log.write_text("Killed\n") and 1).compile(stage, 10.0)
-    assert (stage.status, stage.detail) == ("absent", f"0 rows, {COMPILERS} failures")
+    assert (stage.status, stage.detail) == ("absent", f"0 rows, {COMPILERS + 1} failures")
     assert not list(tmp_path.glob("*.jsonl"))
 
 
@@ -426,7 +429,11 @@ def test_a_whole_run_on_a_gpu(
             tested.append({word for word in command if word.endswith("_cases.py")})
             with Path(command[command.index("--tally") + 1]).open("a") as lines:
                 lines.write(json.dumps({"test": f"{len(tested)}", "outcome": "passed", "seconds": 1.0}) + "\n")
+        elif "benchmarks.gpu.small_cases" in command and "compute-sanitizer" not in text:
+            caches.add(environment["TORCHINDUCTOR_CACHE_DIR"])
         elif "compute-sanitizer" in text:
+            tool = command[command.index("--tool") + 1]
+            assert command[command.index("--of") + 1 :] == list(SANITIZERS[tool])
             log.write_text("triton: 12 calls\n========= ERROR SUMMARY: 0 errors\n")
         else:
             caches.add(environment["TORCHINDUCTOR_CACHE_DIR"])
@@ -462,5 +469,5 @@ def test_a_whole_run_on_a_gpu(
 
 
 def test_there_is_time_to_measure_at_the_worst() -> None:
-    assert SECONDS["machine"] + PREPARING + MEASURING + SANITIZING + KEPT_BACK < 60 * MINUTES
-    assert max(SECONDS.values()) < PREPARING  # what was built is tested
+    building = max(SECONDS["build c++"], SECONDS["build cuda"])
+    assert SECONDS["machine"] + building + PREPARING + MEASURING + SANITIZING + KEPT_BACK < 60 * MINUTES

@@ -36,24 +36,26 @@ from benchmarks.gpu.table import table
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 8.0
-SECONDS = {"machine": 30, "build c++": 150, "build cuda": 150}
-"""At most, of each of these stages."""
-PREPARING = 210.0
-"""Of all that is done at the same time before measuring: builds, tests and `compile`."""
-SANITIZERS = ("memcheck", "racecheck")
+SECONDS = {"machine": 30, "build c++": 90, "build cuda": 90}
+"""At most, of each of these stages. Both builds at the same time, and nothing beside them: together with tests and
+`compile` neither ended in 150 s on 16 processors."""
+PREPARING = 180.0
+"""Of tests and `compile`, which are done at the same time."""
+SANITIZERS = {"memcheck": ("cuda", "triton"), "racecheck": ("cuda",)}
+"""And whose kernels they watch. racecheck ended in an internal error, and the device with it, at Triton's kernels."""
 SANITIZING = 50.0
 """Of both at the same time, after measuring, which leaves them that unless it has less than `MEASURING` itself."""
 MEASURING = 100.0
 KEPT_BACK = 15.0
 RESTARTS = 8
 """Of the measuring process, when a kernel ends it."""
-WORKERS = {"triton": 14, "cuda": 6}
+WORKERS = {"triton": 11, "cuda": 3}
 """Processes that share these tests, where pytest-xdist is there. Those of CUDA C++ compile nothing."""
 SECONDS_A_TEST = 80
 """Where pytest-timeout is there; the processors have more to do."""
-COMPILERS = 8
-"""Processes that share the rows whose compilation is done beforehand. Each holds one row's tensors on the device: of
-the rows with 8192 sets, 10 GB at most, there are four at a time."""
+COMPILERS = 3
+"""Processes that share the rows whose compilation is done beforehand, each of which holds one row's tensors, 10 GB at
+most; one more does so for the sanitizers' calls."""
 
 Process = Callable[..., Ended]
 
@@ -79,35 +81,32 @@ class GpuRun:
         with tempfile.TemporaryDirectory(prefix="setemb-gpu-", ignore_cleanup_errors=True) as caches:
             # of the rows alone: torch.compile would move Triton's to a place of its own
             self.caches = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+            if self.device == "cuda":
+                self.run.together(*self.builds())
             self.run.together(*self.preparations())
             left = self.run.left - KEPT_BACK
             self.run.stage("benchmarks", max(left - SANITIZING, min(left, MEASURING)), self.benchmarks)
-        self.run.together(
-            *(partial(self.run.stage, tool, SANITIZING, partial(self.sanitizer, tool=tool)) for tool in SANITIZERS)
-        )
+            self.run.together(
+                *(partial(self.run.stage, tool, SANITIZING, partial(self.sanitizer, tool=tool)) for tool in SANITIZERS)
+            )
         print(table(self.run.content))
         print(f"all numbers: {self.run.path}")
         return 0 if all(stage["status"] in ("ok", "absent") for stage in self.run.content["stages"]) else 1
 
+    def builds(self) -> list[Callable[[], object]]:
+        def build(name: str, cpu: str, cuda: str) -> Callable[[], object]:
+            return partial(self.run.stage, name, SECONDS[name], partial(self.build, cpu=cpu, cuda=cuda))
+
+        return [build("build c++", _cpu_module(), "0"), build("build cuda", "none", "1")]
+
     def preparations(self) -> list[Callable[[], object]]:
-        """What is done at the same time before measuring."""
-        end = time.monotonic() + PREPARING
-
-        def stage(name: str, body: Callable[[Stage, float], None], limit: float = PREPARING) -> Stage:
-            return self.run.stage(name, min(limit, end - time.monotonic()), body)
-
-        def build(name: str, cpu: str, cuda: str) -> Stage:
-            return stage(name, partial(self.build, cpu=cpu, cuda=cuda), SECONDS[name])
-
-        def cuda() -> None:  # tests that fail all, if there is no module
-            build("build cuda", cpu="none", cuda="1")
-            stage("tests cuda", partial(self.tests, which="cuda"))
-
-        compiling = partial(stage, "compile", self.compile)
-        if self.device != "cuda":
-            return [partial(stage, "tests", partial(self.tests, which="cpu")), compiling]
-        triton = partial(stage, "tests triton", partial(self.tests, which="triton"))
-        return [partial(build, "build c++", cpu=_cpu_module(), cuda="0"), cuda, triton, compiling]
+        """What is done at the same time before measuring. Without a module all tests of CUDA C++ fail."""
+        names = ("triton", "cuda") if self.device == "cuda" else ("cpu",)
+        bodies: dict[str, Callable[[Stage, float], None]] = {
+            "tests" if name == "cpu" else f"tests {name}": partial(self.tests, which=name) for name in names
+        }
+        bodies["compile"] = self.compile
+        return [partial(self.run.stage, name, PREPARING, body) for name, body in bodies.items()]
 
     def python(
         self, stage: Stage, limit: float, *arguments: str, log: str, before: tuple[str, ...] = (), **environment: str
@@ -178,6 +177,8 @@ class GpuRun:
         common = ["-m", "benchmarks.gpu.bench", "--results", str(lines), "--device", self.device]
         common += ["--quick"] if self.quick else []
         environment = self.caches | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        calls = Stage("sanitizers' calls")
+        small = ("-m", "benchmarks.gpu.small_cases", "--device", self.device)
         self.run.together(
             *(
                 partial(
@@ -187,8 +188,10 @@ class GpuRun:
                     **environment,
                 )
                 for end in ends
-            )
+            ),
+            partial(self.python, calls, limit, *small, log="benchmarks.log", **environment),
         )
+        ends.append(calls)
         found = read_lines(lines)
         failures = [f"{line['compiled']}, {name}: {why}" for line in found for name, why in line["failed"].items()]
         stage.status = "ok" if found else "absent"
@@ -210,9 +213,12 @@ class GpuRun:
             before = (str(found), "--tool", tool, "--error-exitcode", "9", *_kernel_filter(str(found)))
         log = self.out / f"{tool}.log"
         log.unlink(missing_ok=True)
-        arguments = ("-m", "benchmarks.gpu.small_cases", "--device", self.device)
+        arguments = ["-m", "benchmarks.gpu.small_cases", "--device", self.device]
+        if self.device == "cuda":
+            arguments += ["--of", *SANITIZERS[tool]]
         # each tensor an allocation of its own: else torch's pool hides what reads past the end
-        self.python(stage, limit, *arguments, log=log.name, before=before, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        environment = self.caches | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        self.python(stage, limit, *arguments, log=log.name, before=before, **environment)
         text = log.read_text(errors="replace")
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
         calls = sum(map(int, re.findall(r": (\d+) calls", text)))

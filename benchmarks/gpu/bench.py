@@ -188,7 +188,8 @@ class Bench:
         if (LARGEST, "all") in self.skip:
             line: dict[str, Any] = {"failed": {"all": "ended the process"}}
         else:
-            line = {"batches": largest_batch(self.device, self.quick), "failed": {}}
+            batches, seconds = largest_batch(self.device, self.quick)
+            line = {"batches": batches, "step_seconds": seconds, "failed": {}}
         op, name = LARGEST.split(" ", 1)
         self.write({"row": LARGEST, "phase": "plain", "op": op, "name": name} | line)
         self._let_go()

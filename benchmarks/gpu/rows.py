@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -344,29 +345,35 @@ def _loss(device: str, name: str, n: int, K: int, D: int, dtype: torch.dtype) ->
     )
 
 
-def largest_batch(device: str, quick: bool) -> dict[str, int]:
+def largest_batch(device: str, quick: bool) -> tuple[dict[str, int], dict[str, float]]:
     """Largest batches, by doubling, of a step of the triplet loss with the hardest negatives, K 4, D 1024, bfloat16:
-    until it does not fit, at most 131,072 (its time grows with the square)."""
+    until it does not fit, at most 131,072 (its time grows with the square); and the seconds of such a step, the first
+    at its size."""
     first, last = (16, 32) if quick else (4096, 131_072)
-    found = {}
+    batches, seconds = {}, {}
     for name, loss in (("eager", eager_triplet), ("ours", set_triplet_loss)):
         n = 0
-        while max(first, 2 * n) <= last and _fits(loss, max(first, 2 * n), device):
+        while max(first, 2 * n) <= last and (took := _step(loss, max(first, 2 * n), device)) is not None:
             n = max(first, 2 * n)
-        found[name] = n
-    return found
+            seconds[name] = took
+        batches[name] = n
+    return batches, seconds
 
 
-def _fits(loss: Callable[..., Tensor], n: int, device: str) -> bool:
+def _step(loss: Callable[..., Tensor], n: int, device: str) -> float | None:
+    """Seconds; None where it does not fit."""
     if device == "cuda":
         torch.cuda.empty_cache()
     try:
         x, y = as_leaves(*(torch.randn(n, 4, 1024, device=device, dtype=BF16) / 32 for _ in range(2)))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
         torch.autograd.grad(loss(x, y), (x, y))
         if device == "cuda":
             torch.cuda.synchronize()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
-            return False
+            return None
         raise
-    return True
+    return time.perf_counter() - start

@@ -6,6 +6,7 @@ python -m benchmarks.gpu.small_cases [--device cpu]
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 
 import torch
 
@@ -65,10 +66,10 @@ def slots(device: str, dtype: torch.dtype, B: int, H: int, K: int, T: int, D: in
     out.backward(torch.randn_like(out))
 
 
-def main(device: str) -> int:
-    """How many calls were made."""
+def main(device: str, of: Collection[str] | None = None) -> int:
+    """How many calls were made, of these implementations or of all."""
     count = 0
-    choices = ours(device)
+    choices = {name: choice for name, choice in ours(device).items() if of is None or name in of}
     for name in sorted(choices, key=lambda name: name != "cuda"):  # first what has not run anywhere else
         context = choices[name]
         with context():
@@ -96,5 +97,7 @@ def main(device: str) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--of", nargs="+", help="implementations; else all")
     torch.manual_seed(0)
-    main(parser.parse_args().device)
+    args = parser.parse_args()
+    main(args.device, args.of)

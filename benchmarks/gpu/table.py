@@ -39,7 +39,7 @@ def floor(row: dict[str, Any], ceilings: dict[str, float]) -> float | None:
 def _row(row: dict[str, Any], columns: list[str], ceilings: dict[str, float]) -> str:
     name = f"{row.get('row', '?'):<62}"
     if "batches" in row:
-        return f"{name} {', '.join(f'{who} {n:,}' for who, n in row['batches'].items())}"
+        return f"{name} {', '.join(sizes_of(row))}"
     ms = row.get("milliseconds", {})
     least = floor(row, ceilings)
     cells = [f"{least:>9.3f}" if least is not None else f"{'-':>9}"]
@@ -53,3 +53,11 @@ def _row(row: dict[str, Any], columns: list[str], ceilings: dict[str, float]) ->
         else:
             cells.append(f"{row.get('failed', {}).get(column, row.get('failed', {}).get('all', '-'))[:10]:>10}")
     return f"{name} {' '.join(cells)}"
+
+
+def sizes_of(row: dict[str, Any]) -> list[str]:
+    """The largest batches, and how long a step took."""
+    seconds = row.get("step_seconds", {})
+    return [
+        f"{who} {n:,}" + (f" ({seconds[who]:.2f} s)" if who in seconds else "") for who, n in row["batches"].items()
+    ]
