@@ -24,6 +24,11 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def cdiv(a: int, b: int) -> int:
+    """Upwards; ``triton.cdiv``, which serves in kernels too, takes some microseconds."""
+    return -(-a // b)
+
+
 def strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
     """Those of an optional tensor."""
     return (0,) * axes if t is None else t.stride()
@@ -34,6 +39,10 @@ def strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
 _COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 """Kernel, device, kinds of the arguments and constants -> what was compiled for them, and the constants in order."""
 
+_SEEN: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+"""The same by the integers themselves, which costs less than to tell their kinds: in a loop sizes come again."""
+MOST_SEEN = 4096
+
 _KINDS: dict[type, Callable[[Any], Any]] = {
     Tensor: lambda v: (v.dtype, v.data_ptr() % 16),
     int: lambda v: (v == 1, v % 16 == 0, -(2**31) <= v < 2**31),
@@ -42,6 +51,15 @@ _KINDS: dict[type, Callable[[Any], Any]] = {
     TensorDescriptor: lambda v: (v.base.dtype, tuple(v.block_shape)),
 }
 """Of an argument all that Triton may compile a kernel for."""
+
+
+def _kind(v: Any) -> Any:
+    kind = _KINDS.get(type(v))
+    if kind is None and isinstance(v, Tensor):  # a parameter
+        kind = _KINDS[Tensor]
+    if kind is None:
+        raise TypeError(f"arguments: expected tensors, numbers, None or descriptors, got {type(v).__name__}")
+    return kind(v)
 
 
 def launch(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, ...], **constants: Any) -> None:
@@ -59,17 +77,23 @@ def launch(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, .
     if not isinstance(kernel, triton.JITFunction):  # interpreted
         kernel[grid](*arguments, **constants)
         return
-    key = (
-        kernel,
-        torch.cuda.current_device(),
-        *[_KINDS[type(v)](v) for v in arguments],
-        *constants.items(),
-    )
-    found = _COMPILED.get(key)
+    device = torch.cuda.current_device()
+    sizes = [
+        v if type(v) is int else (v.dtype, v.data_ptr() % 16) if type(v) is Tensor else _kind(v) for v in arguments
+    ]
+    seen = (kernel, device, *sizes, *constants.items())
+    found = _SEEN.get(seen)
     if found is None:
-        compiled = kernel[grid](*arguments, **constants)
-        _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-        return
+        key = (kernel, device, *map(_kind, arguments), *constants.items())
+        found = _COMPILED.get(key)
+        if len(_SEEN) >= MOST_SEEN:
+            _SEEN.clear()
+        if found is None:
+            compiled = kernel[grid](*arguments, **constants)
+            names = kernel.arg_names[len(arguments) :]
+            _SEEN[seen] = _COMPILED[key] = compiled, tuple(constants[name] for name in names)
+            return
+        _SEEN[seen] = found
     compiled, rest = found
     compiled[grid](*arguments, *rest)
 

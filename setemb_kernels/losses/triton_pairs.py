@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from setemb_kernels import _device, _triton
@@ -70,7 +69,7 @@ def _launch(
     config = _pair_config(K, L, sets.x.dtype)
     with torch.cuda.device_of(sets.x):
         _triton.launch(
-            kernels.pair_kernel, triton.cdiv(len(rows), config["PAIRS"]),
+            kernels.pair_kernel, _triton.cdiv(len(rows), config["PAIRS"]),
             (
                 sets.x, sets.y, sets.x_mask, sets.y_mask, rows, columns, grad, out, entropies,
                 min(float(sets.alpha), torch.finfo(torch.float32).max) if on_host else sets.alpha,
@@ -92,7 +91,7 @@ def _add(
     config = _gradient_config(K, L, D)
     with torch.cuda.device_of(target):
         _triton.launch(
-            kernels.pair_gradient_kernel, (count, triton.cdiv(D, config["BLOCK_D"])),
+            kernels.pair_gradient_kernel, (count, _triton.cdiv(D, config["BLOCK_D"])),
             (
                 w, grad, other, other_mask, partner, order, offsets, target, K, L, D, *w.stride()[1:],
                 *other.stride(), *_triton.strides(other_mask, 2), *target.stride(),

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 
 from setemb_kernels import _triton
@@ -47,7 +46,7 @@ def add_negatives(
         _triton.launch(kernels.combine_kernel, _combining(s), arguments, **COMBINE)
         if len(logits):
             arguments = s, scale, *listed, logits, len(logits), *_layout(s, ids)
-            _triton.launch(kernels.take_kernel, triton.cdiv(len(logits), TAKE["BLOCK"]), arguments, **TAKE)
+            _triton.launch(kernels.take_kernel, _triton.cdiv(len(logits), TAKE["BLOCK"]), arguments, **TAKE)
 
 
 def infonce_gradients(
@@ -102,12 +101,12 @@ def add_candidates(s: Tensor, ids: Ids, rows: Winners, columns: Winners, starts:
 
 def _blocks(s: Tensor) -> tuple[int, int]:
     """How many are below each other and side by side."""
-    return triton.cdiv(s.shape[0], BLOCK["ROWS"]), triton.cdiv(s.shape[1], BLOCK["COLUMNS"])
+    return _triton.cdiv(s.shape[0], BLOCK["ROWS"]), _triton.cdiv(s.shape[1], BLOCK["COLUMNS"])
 
 
 def _combining(s: Tensor) -> tuple[int, int]:
     """The programs that combine what was found for rows, and those for columns."""
-    return triton.cdiv(max(s.shape), COMBINE["ITEMS"]), 2
+    return _triton.cdiv(max(s.shape), COMBINE["ITEMS"]), 2
 
 
 def _layout(s: Tensor, ids: Ids) -> tuple[int, ...]:

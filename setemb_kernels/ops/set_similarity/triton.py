@@ -33,7 +33,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from setemb_kernels import _device, _triton
@@ -162,7 +161,7 @@ class _Side(NamedTuple):
     @property
     def mean(self) -> int:
         """Vectors of a set in the mean."""
-        return triton.cdiv(self.rows.shape[0], max(1, self.sets))
+        return _triton.cdiv(self.rows.shape[0], max(1, self.sets))
 
 
 # --- host
@@ -324,7 +323,7 @@ class _Call:
 
     def _splits(self, pairs: int, a: _Side, config: Config) -> int:
         """Over how many programs the rows of a pair are split."""
-        return max(1, min(triton.cdiv(self.programs, pairs), triton.cdiv(a.rows.shape[0], config.rows)))
+        return max(1, min(_triton.cdiv(self.programs, pairs), _triton.cdiv(a.rows.shape[0], config.rows)))
 
     def similarities(self, directions: list[_Direction]) -> Tensor:
         """Parts of the similarities ``[parts, N, J]`` float32, to be added (of the largest row: to be compared)."""
@@ -413,8 +412,8 @@ class _Owner:
             chosen, self.order = call.candidates.flatten().sort(stable=True)
             self.bounds = torch.searchsorted(chosen, torch.arange(self.own.sets + 1, device=out.device))
             meets = chosen.shape[0]
-        self.feature_blocks = triton.cdiv(call.D, self.config.features)
-        wanted = triton.cdiv(call.programs, max(1, self.blocks * self.feature_blocks))
+        self.feature_blocks = _triton.cdiv(call.D, self.config.features)
+        wanted = _triton.cdiv(call.programs, max(1, self.blocks * self.feature_blocks))
         self.splits = max(1, min(wanted, meets))
         self.is_direct = steps == 1 and self.splits == 1
         self.sums = out if self.is_direct else out.new_zeros(self.splits, *out.shape, dtype=torch.float32)

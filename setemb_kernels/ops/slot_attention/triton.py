@@ -42,7 +42,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from setemb_kernels import _device, _triton
@@ -211,7 +210,7 @@ def _parts(q: Tensor, k: Tensor, workspaces: int) -> Iterator[tuple[slice, list[
     B, H, K, _ = q.shape
     if K > MAX_SLOTS:
         raise ValueError(f"q: expected at most {MAX_SLOTS} slots on a GPU, got {K}")
-    padded = triton.cdiv(k.shape[2], ALIGNMENT) * ALIGNMENT
+    padded = _triton.cdiv(k.shape[2], ALIGNMENT) * ALIGNMENT
     most = WORKSPACE_BYTES // (workspaces * max(1, H * K * padded) * q.element_size())
     step = min(B, max(1, most))
     memory = [q.new_empty(step, H, K, padded) for _ in range(workspaces)]
@@ -279,8 +278,8 @@ class _Call:
     def _weights_launch(self, D: int) -> tuple[int, shared.Config, tuple[int, ...], Tensor]:
         """Programs, tile sizes, the counts among the arguments and memory for sums."""
         config = weights_config(self.heads, self.K, D, self.q.dtype)
-        head_blocks = triton.cdiv(self.heads, config.rows // shared.layout(self.K)["SLOTS"])
-        token_blocks = triton.cdiv(self.T, config.tokens)
+        head_blocks = _triton.cdiv(self.heads, config.rows // shared.layout(self.K)["SLOTS"])
+        token_blocks = _triton.cdiv(self.T, config.tokens)
         counts = (head_blocks, token_blocks, self.groups, self.heads, self.K, self.T)
         sums = self.q.new_empty(self.B, self.H, self.K, token_blocks, dtype=torch.float32)
         return head_blocks * token_blocks * self.B * self.groups, config, counts, sums
@@ -306,11 +305,11 @@ class _Call:
         """
         D, rows, items = tokens.shape[3], self.heads * self.K, self.B * self.groups
         config = gather_config(rows, D, self.q.dtype)
-        row_blocks, feature_blocks = triton.cdiv(rows, config.rows), max(1, triton.cdiv(D, config.block_d))
+        row_blocks, feature_blocks = _triton.cdiv(rows, config.rows), max(1, _triton.cdiv(D, config.block_d))
         programs = row_blocks * feature_blocks * items
-        splits = max(1, min(triton.cdiv(2 * self.programs, programs), self.T // shared.SPLIT_TOKENS))
-        per_split = max(1, triton.cdiv(self.T, splits * config.tokens)) * config.tokens
-        splits = max(1, triton.cdiv(self.T, per_split))
+        splits = max(1, min(_triton.cdiv(2 * self.programs, programs), self.T // shared.SPLIT_TOKENS))
+        per_split = max(1, _triton.cdiv(self.T, splits * config.tokens)) * config.tokens
+        splits = max(1, _triton.cdiv(self.T, per_split))
         token_blocks = 0 if sums is None else sums.shape[3]
         into = out if splits == 1 else out.new_empty(splits, items * rows, D, dtype=torch.float32)
         _triton.launch(
@@ -329,7 +328,7 @@ class _Call:
         """Fill ``out [B, G, T, D]`` with sums over slots ``[B, H, K, D]``, times `factor` and that of the item."""
         D, rows = slots.shape[3], self.heads * self.K
         config = spread_config(rows, D, self.q.dtype)
-        feature_blocks, token_blocks = triton.cdiv(D, config.block_d), triton.cdiv(self.T, config.tokens)
+        feature_blocks, token_blocks = _triton.cdiv(D, config.block_d), _triton.cdiv(self.T, config.tokens)
         if out.numel():
             _triton.launch(
                 kernels.spread_kernel, feature_blocks * token_blocks * self.B * self.groups,
@@ -347,7 +346,7 @@ def _delta(grad: Tensor, out: Tensor) -> Tensor:
     delta = grad.new_empty(grad.shape[:3], dtype=torch.float32)
     block = shared.rows_block(D)
     _triton.launch(
-        kernels.delta_kernel, triton.cdiv(delta.numel(), block["ROWS"]),
+        kernels.delta_kernel, _triton.cdiv(delta.numel(), block["ROWS"]),
         (
             grad, out, delta, delta.numel(), H, K, D, *grad.stride(), *out.stride(),
         ),

@@ -9,7 +9,6 @@ Where there would be too few programs, each takes a part of the tokens and combi
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from setemb_kernels import _device, _triton
@@ -51,9 +50,9 @@ def _launch(q: Tensor, k: Tensor, D: int, backward: bool) -> tuple[shared.Config
     if config is None or not T:
         return None
     programs, _ = _device.processors(q)
-    splits = max(1, min(triton.cdiv(2 * programs, B * groups), T // shared.SPLIT_TOKENS)) if config.tokens < T else 1
-    per_split = max(1, triton.cdiv(T, splits * config.tokens)) * config.tokens
-    return config, max(1, triton.cdiv(T, per_split)), per_split
+    splits = max(1, min(_triton.cdiv(2 * programs, B * groups), T // shared.SPLIT_TOKENS)) if config.tokens < T else 1
+    per_split = max(1, _triton.cdiv(T, splits * config.tokens)) * config.tokens
+    return config, max(1, _triton.cdiv(T, per_split)), per_split
 
 
 def forward(

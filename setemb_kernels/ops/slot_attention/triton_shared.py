@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from setemb_kernels import _triton
@@ -50,9 +49,9 @@ def combine(
     """Add up parts ``[splits, B, H, K, D]`` into out; given sums of weights, fill total, and divide by it."""
     B, H, K, D = out.shape
     block = rows_block(D)
-    feature_blocks = max(1, triton.cdiv(D, block["BLOCK_D"]))
+    feature_blocks = max(1, _triton.cdiv(D, block["BLOCK_D"]))
     _triton.launch(
-        kernels.combine_kernel, triton.cdiv(B * H * K, block["ROWS"]) * feature_blocks,
+        kernels.combine_kernel, _triton.cdiv(B * H * K, block["ROWS"]) * feature_blocks,
         (partial, sums, out, total, feature_blocks, splits, B * H * K, H, K, D, token_blocks, eps, *out.stride()),
         **block,
     )  # fmt: skip

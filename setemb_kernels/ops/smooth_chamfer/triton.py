@@ -46,7 +46,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -271,7 +270,7 @@ class _Call:
         rows = max(config.rows for config in self.configs)
         _, columns, part, block_d, *_ = self.configs[0]
         slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
-        self.features = triton.cdiv(max(D, 1), block_d) * block_d
+        self.features = _triton.cdiv(max(D, 1), block_d) * block_d
         is_masked = x_mask is not None or y_mask is not None or (slots_x, slots_y) != (K, L)
         self.x = _place(x, x_mask, is_masked, slots_x, max(1, 16 // slots_x), rows, self.features)
         self.y = _place(y, y_mask, is_masked, slots_y, part // slots_y, columns, self.features)
@@ -301,7 +300,7 @@ class _Call:
             strides = grad.stride(0), grad.stride(1)
             if strides[0] < strides[1]:  # neighbours in memory go to neighbours in a program
                 rows, columns, strides = columns, rows, (strides[1], strides[0])
-            grad_programs = triton.cdiv(rows, GRADIENT_BLOCK[0]) * triton.cdiv(columns, GRADIENT_BLOCK[1])
+            grad_programs = _triton.cdiv(rows, GRADIENT_BLOCK[0]) * _triton.cdiv(columns, GRADIENT_BLOCK[1])
         x_mask, y_mask = self.x.mask, self.y.mask
         _triton.launch(
             packing.pack_kernel, x_programs + y_programs + grad_programs,
@@ -340,8 +339,8 @@ class _Call:
         grad_y: Tensor | None,
     ) -> None:  # fmt: skip
         """Write sums in tile order, those of x from set `first` on, to the gradients; those that are not None."""
-        x_programs = 0 if x_sum is None else triton.cdiv(max(0, min(last, self.N) - first), self.x.block["SETS"])
-        y_programs = 0 if y_sum is None else triton.cdiv(self.M, self.y.block["SETS"])
+        x_programs = 0 if x_sum is None else _triton.cdiv(max(0, min(last, self.N) - first), self.x.block["SETS"])
+        y_programs = 0 if y_sum is None else _triton.cdiv(self.M, self.y.block["SETS"])
         if not (x_programs + y_programs) or not self.D:
             return
         x_mask, y_mask = self.x.mask, self.y.mask
@@ -393,7 +392,7 @@ def _place(
     v: Tensor, mask: Tensor | None, is_masked: bool, slots: int, group: int, rows: int, features: int
 ) -> _Packed:
     """Memory for v in tile order, padded to whole tiles of `rows` rows and to `features`."""
-    sets = triton.cdiv(len(v) * slots, rows) * rows // slots
+    sets = _triton.cdiv(len(v) * slots, rows) * rows // slots
     valid = v.new_empty(sets * slots, dtype=torch.int8) if is_masked else None
     packed = v.new_empty(sets * slots, features)
     return _Packed(packed, valid, mask, sets, slots, group, _block(slots, features, sets))
@@ -446,7 +445,7 @@ def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool 
         for name, value in {
             "SLOTS": slots,
             "GROUP": sets_a_group,
-            **_block(slots, triton.cdiv(D, 64) * 64, 4096),
+            **_block(slots, _triton.cdiv(D, 64) * 64, 4096),
         }.items()
     }
     gradient = {"GRAD_ROWS": GRADIENT_BLOCK[0], "GRAD_COLUMNS": GRADIENT_BLOCK[1], "column_stride": 1}
