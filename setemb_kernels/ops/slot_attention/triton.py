@@ -73,10 +73,10 @@ def weights_config(heads: int, K: int, D: int, dtype: torch.dtype) -> shared.Con
     rows = max(16, slots, min(64, _triton.next_power_of_two(heads) * slots))
     is_large = rows >= 64
     if dtype == torch.float32:  # uses no tensor cores, holds both operands in registers
-        tokens, block_d, warps = max(16, min(64, 2048 // rows)), 16 if is_large else 32, 8 if is_large else 4
+        tokens, block_d, warps = max(16, min(64, 2048 // rows)), 16, 8 if is_large else 4
     else:
         tokens, block_d, warps = 32 if rows > 64 else 64, 64, 8 if rows > 128 else 4
-    return shared.Config(rows, tokens, shared.block_d_of(D, block_d), warps, 4, is_large)
+    return shared.Config(rows, tokens, shared.block_d_of(D, block_d), warps, 4, is_large or dtype == torch.float32)
 
 
 def gather_config(rows: int, D: int, dtype: torch.dtype) -> shared.Config:

@@ -38,7 +38,7 @@ def config_of(heads: int, K: int, T: int, D: int, dtype: torch.dtype, backward: 
         return shared.Config(rows, 64, 128, 8, 3) if T <= 64 else None
     if backward:  # gradients of tokens are beside the sums
         return shared.Config(rows, max(16, min(32, SUMS // 2 // block_d)), block_d, 4, 3 if block_d >= 256 else 2)
-    return shared.Config(rows, max(16, min(64, 2 * SUMS // block_d)), block_d, 8 if block_d >= 256 else 4, 3)
+    return shared.Config(rows, max(16, min(64, 2 * SUMS // block_d)), block_d, 8 if block_d >= 256 else 4, 3, True)
 
 
 def _launch(q: Tensor, k: Tensor, D: int, backward: bool) -> tuple[shared.Config, int, int] | None:
