@@ -45,7 +45,7 @@ class Measured:
 
 MEASURED: tuple[Measured, ...] = ()
 """Only from figures in benchmarks/results. Empty: on the GPUs that are there, of sm_90, those of Triton were as fast or
-faster at every size. Where there is no Triton CUDA C++ kernels serve, if their module is built."""
+faster, and the CUDA C++ kernels as they are now have not run on a GPU."""
 
 AUTOMATIC = "automatic"
 """What `use_backend` is told to undo a choice."""
@@ -88,15 +88,7 @@ class OpBackends:
             raise ValueError(f"{self.op}: asked for by use_backend, the Triton kernel does not take {x.dtype}")
         if x.dtype in self._triton_dtypes and (self.chosen == "triton" or not triton_absent()):
             return self._triton()  # imported on first use
-        if self._cuda is not None and x.dtype in self._triton_dtypes and self._instead_of_triton():
-            cuda = self._cuda()
-            if not cuda.refusal(x, *others):
-                return cuda
         return reference
-
-    def _instead_of_triton(self) -> bool:
-        """Whether the CUDA C++ kernels serve unasked, as there is no Triton."""
-        return self._cuda is not None and self.chosen == AUTOMATIC and bool(triton_absent()) and not cuda_absent()
 
     def _measured(self, x: Tensor) -> bool:
         if self.chosen != AUTOMATIC or not MEASURED:
@@ -124,8 +116,7 @@ class OpBackends:
         if self.chosen != AUTOMATIC:
             return [cpu, Backend(self.op, "cuda", self.chosen, "asked for by use_backend")]
         absent = triton_absent()
-        serves = "cuda" if self._instead_of_triton() else "reference" if absent else "triton"
-        return [cpu, Backend(self.op, "cuda", serves, absent)]
+        return [cpu, Backend(self.op, "cuda", "reference" if absent else "triton", absent)]
 
 
 class use_backend:  # noqa: N801 -- a function, to its users
@@ -137,7 +128,7 @@ class use_backend:  # noqa: N801 -- a function, to its users
     Args:
         op: "smooth_chamfer", "set_similarity" or "slot_attention".
         device: "cuda". (On the CPU the compiled module of the best capability serves.)
-        implementation: "cuda" (CUDA C++), "triton", "reference", or "automatic".
+        implementation: "cuda" (CUDA C++; *not yet proven on a GPU*), "triton", "reference", or "automatic".
 
     Raises:
         ValueError: an op, a device or an implementation that there is not.
@@ -283,6 +274,12 @@ def triton_absent() -> str:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return ""
+
+
+def triton_serves(op: str) -> bool:
+    """Whether Triton's kernels may serve an op on a GPU: they can, and nothing else was asked for by name."""
+    (chosen,) = (backends.chosen for backends in OpBackends.all if backends.op == op)
+    return chosen in (AUTOMATIC, "triton") and not triton_absent()
 
 
 def build_info() -> dict[str, Any] | None:

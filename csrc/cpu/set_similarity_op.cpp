@@ -1,12 +1,20 @@
 // set_similarity as torch calls it on the CPU.
 #include "set_similarity.h"
 
+#include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "ops.h"
 
 namespace setemb {
 namespace {
+
+// v, infinite where it is out of the range of a float32 tensor, which could not be filled with it.
+double in_range_of(const Tensor& t, double v) {
+  const bool fits = t.scalar_type() == ScalarType::Double || !(std::fabs(v) > std::numeric_limits<float>::max());
+  return fits ? v : std::copysign(std::numeric_limits<double>::infinity(), v);
+}
 
 SimilarityKind kind_of(const std::string& name) {
   if (name == "smooth_chamfer") return SimilarityKind::kSmoothChamfer;
@@ -149,8 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> set_similarity_backward_(
                                      need_bias ? &bias_sum : nullptr};
     set_similarity_backward(dtype_of(x), args.problem, grad.data_ptr(), grad.scalar_type() != x.scalar_type(), out);
   }
-  if (need_alpha) torch::stable::fill_(grad_alpha, alpha_sum);
-  if (need_bias) torch::stable::fill_(grad_bias, bias_sum);
+  if (need_alpha) torch::stable::fill_(grad_alpha, in_range_of(grad_alpha, alpha_sum));
+  if (need_bias) torch::stable::fill_(grad_bias, in_range_of(grad_bias, bias_sum));
   return {grad_x, grad_y, grad_alpha, grad_bias};
 }
 

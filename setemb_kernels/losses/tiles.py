@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from setemb_kernels.backends import triton_absent
+from setemb_kernels.backends import triton_serves
 from setemb_kernels.losses import torch_tiles
 from setemb_kernels.measure import Measure
 
@@ -110,8 +110,9 @@ class Sets(NamedTuple):
 
 
 def fused(sets: Sets) -> bool:
-    """Whether the losses' own kernels serve."""
-    return sets.x.device.type == "cuda" and sets.dtype == torch.float32 and not triton_absent()
+    """Whether the losses' own kernels serve: on a GPU, where Triton serves the similarity."""
+    op = "smooth_chamfer" if sets.kind in ("smooth_chamfer", "mean") else "set_similarity"
+    return sets.x.device.type == "cuda" and sets.dtype == torch.float32 and triton_serves(op)
 
 
 TENSORS = 8

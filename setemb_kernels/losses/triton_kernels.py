@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from setemb_kernels._triton_products import add_product
+
 _INFINITY = tl.constexpr(float("inf"))
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 _LARGEST = tl.constexpr(0x7FFFFFFF)
@@ -369,11 +371,12 @@ def pair_kernel(
     for start in range(0, D, BLOCK_D):
         a = _rows(x, x_flat, x_there, start, D, x_stride_d, BLOCK_D)
         b = _rows(y, y_flat, y_there, start, D, y_stride_d, BLOCK_D)
-        c = tl.dot(a, b.T, c, input_precision=PRECISION)
+        c = add_product(c, a, b.T, PRECISION)
     c = tl.reshape(c, (PAIRS, X_SLOTS, PAIRS, Y_SLOTS))
     pair = tl.arange(0, PAIRS)
     c = tl.sum(tl.where(pair[:, None, None, None] == pair[None, None, :, None], c, 0.0), 2)
     valid = x_valid[:, :, None] & y_valid[:, None, :]
+    c = tl.where(valid & (tl.abs(c) == _INFINITY), float("nan"), c)  # as inf - inf would be
     x_count = tl.sum(x_valid.to(tl.float32), 1)
     y_count = tl.sum(y_valid.to(tl.float32), 1)
     present = (x_count > 0) & (y_count > 0)
@@ -427,11 +430,12 @@ def pair_gradient_kernel(
                 who = tl.load(partner + pair, mask=live, other=0)
                 for slot in tl.static_range(OTHER):
                     valid = live & (slot < L)
+                    far = tl.full((), slot, tl.int64)
                     if MASKED:
-                        place = other_mask + who * mask_stride_n + slot * mask_stride_k
+                        place = other_mask + who * mask_stride_n + far * mask_stride_k
                         valid = tl.load(place, mask=valid, other=0) != 0
                     share = w + pair * (OWN * OTHER) + slot * w_stride_other + k * w_stride_own
-                    vector = other + who * stride_n + slot * stride_k + d.to(tl.int64) * stride_d
+                    vector = other + who * stride_n + far * stride_k + d.to(tl.int64) * stride_d
                     v = tl.load(vector, mask=d < tl.where(valid, D, 0), other=0).to(tl.float32)
                     total += tl.load(share, mask=k < tl.where(valid, K, 0), other=0) * v
         place = target + own * target_stride_n + k.to(tl.int64) * target_stride_k + d.to(tl.int64) * target_stride_d

@@ -135,12 +135,13 @@ def _gradient_config(K: int, L: int, D: int) -> dict[str, Any]:
 
 
 def configs(K: int, L: int, D: int, dtype: torch.dtype, masked: bool) -> Iterator[_triton.Build]:
-    """Every kernel that a loss launches for listed pairs of such sets; with masks, for a gradient of alpha."""
+    """Every kernel that a loss launches for listed pairs of such sets; with masks, for an alpha on the device
+    and its gradient."""
     nothing = {} if masked else {"x_mask": None, "y_mask": None, "other_mask": None}
     strides = {"x_stride_d": 1, "y_stride_d": 1, "stride_d": 1, "target_stride_d": 1}
     for backward in (False, True):
         constants = {**nothing, **strides, "X_MASKED": masked, "Y_MASKED": masked, "PRECISION": "ieee"}
-        constants |= {"ALPHA_ON_DEVICE": False, "BACKWARD": backward, "NEED_ALPHA": masked and backward}
+        constants |= {"ALPHA_ON_DEVICE": masked, "BACKWARD": backward, "NEED_ALPHA": masked and backward}
         constants |= {} if backward else {"grad": None}
         constants |= {} if masked and backward else {"entropies": None}
         yield _build(kernels.pair_kernel, dtype, constants, _pair_config(K, L, dtype))
@@ -151,7 +152,8 @@ def configs(K: int, L: int, D: int, dtype: torch.dtype, masked: bool) -> Iterato
 def _build(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any]) -> _triton.Build:
     types = dict.fromkeys(("x", "y", "other"), f"*{_triton.NAMES[dtype]}")
     types |= dict.fromkeys(("grad", "out", "entropies", "w", "target"), "*fp32")
-    types |= dict.fromkeys(("x_mask", "y_mask", "other_mask"), "*i1") | {"alpha": "fp32"}
+    types |= dict.fromkeys(("x_mask", "y_mask", "other_mask"), "*i1")
+    types["alpha"] = "*fp32" if constants.get("ALPHA_ON_DEVICE") else "fp32"
     types |= dict.fromkeys(("rows", "columns", "partner", "order", "offsets"), "*i64")
     aligned = ("D", "stride_n", "stride_k", *(f"{v}_stride_{axis}" for v in ("x", "y", "target") for axis in "nk"))
     on_tensor_cores = kernel is kernels.pair_kernel and dtype != torch.float32

@@ -11,6 +11,7 @@ import torch
 
 import setemb_kernels
 from setemb_kernels import backends, use_backend
+from setemb_kernels.losses import tiles
 from setemb_kernels.ops.smooth_chamfer import cuda, op, reference
 
 MODULE = importlib.import_module("setemb_kernels.backends")
@@ -33,20 +34,6 @@ def tensor(dtype: torch.dtype = torch.bfloat16, K: int = 4, D: int = 64) -> Any:
 
 def serves(*tensors: Any) -> Any:
     return op.BACKENDS.implementation(reference, *tensors)
-
-
-@pytest.mark.usefixtures("gpu")
-def test_cuda_serves_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "triton_absent", lambda: "the package triton is not installed")
-    x = tensor()
-    assert serves(x, x) is cuda and served_by() == "cuda"
-    too_many = tensor(K=65)
-    assert serves(x, too_many) is reference
-    assert serves(tensor(torch.float64), x) is reference
-    with use_backend("smooth_chamfer", implementation="reference"):
-        assert serves(x, x) is reference
-    monkeypatch.setattr(MODULE, "_CUDA", {"absent": "not built"})
-    assert serves(x, x) is reference and served_by() == "reference"
 
 
 def served_by() -> str:
@@ -187,3 +174,17 @@ def test_the_cuda_module_loads_and_registers_its_kernels() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"setemb_cuda::smooth_chamfer_{kernel}", "CUDA")
     with pytest.raises(NotImplementedError, match="CPU"):
         cuda.forward(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.tensor(16.0), None, None)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("kind", "op_name"), [("smooth_chamfer", "smooth_chamfer"), ("max", "set_similarity")])
+def test_losses_follow(kind: str, op_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of their own, in Triton, serve where Triton serves the similarity."""
+    v = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    sets = tiles.Sets(v, v, v, v, None, None, None, None, kind)  # type: ignore[arg-type]
+    assert tiles.fused(sets)
+    for name in ("reference", "triton"):
+        with use_backend(op_name, implementation=name):
+            assert tiles.fused(sets) == (name == "triton")
+    monkeypatch.setattr(MODULE, "triton_absent", lambda: "not installed")
+    assert not tiles.fused(sets)

@@ -87,7 +87,8 @@ def slot_attention(
 
     The softmax is over the *slots* of a token, so one pass over k and v makes numerator and denominator together; the
     backward pass makes A again from q, k, U and the denominators. Nothing of size ``B H T K`` is stored, in either; on
-    a GPU the weights of some items at a time pass through a workspace of 32 MiB (more where one item needs it).
+    a GPU, where sums over tokens do not fit in registers, the weights of some items at a time pass through a workspace
+    of 32 MiB (more where one item needs it).
 
     Args:
         q: ``[B, H, K, Dk]`` slots, on a GPU 256 a head at most (64 in CUDA C++); float32, bfloat16, float16 or float64

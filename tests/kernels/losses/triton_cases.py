@@ -169,6 +169,27 @@ def test_listed_pairs(
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("y_sign", [1.0, -1.0])
+@pytest.mark.parametrize("what", ["infinite", "overflowing"])
+def test_pairs_that_are_not_finite(what: str, y_sign: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are NaN, as by batched products, and so are their gradients; other pairs are not."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(3, 2, 16, generator=generator), y_sign * torch.rand(3, 2, 16, generator=generator)
+    if what == "infinite":
+        x[0] = math.inf
+    else:
+        x[0], y[0] = 1e30 * x[0], 1e30 * y[0]
+    rows = torch.arange(3)
+    for device, served in (("cpu", False), (DEVICE, True)):
+        monkeypatch.setattr(tiles, "fused", lambda sets: served)  # noqa: B023
+        sets = tiles.Sets(*(v.to(device) for v in (x, y)), torch.tensor(4.0), torch.tensor(0.0), *4 * [None])
+        gradients = tiles.Gradients(sets, True, True, False, False)
+        similarity = pairs.similarities(sets, rows.to(device), rows.to(device))
+        pairs.add_summed(gradients, rows.to(device), rows.to(device), torch.ones(3, device=device))
+        for v in (similarity, gradients.x, gradients.y):
+            assert v[0].isnan().any() and v[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=lambda dtype: str(dtype)[6:])
 def test_search(dtype: torch.dtype) -> None:
     """Values to float32's digits; each set is nearest to itself."""

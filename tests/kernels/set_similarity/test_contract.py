@@ -458,3 +458,14 @@ def test_more_candidates_than_a_task_takes(kind: Any) -> None:
         torch.autograd.grad(got, (x, y), upstream), torch.autograd.grad(expected, (x, y), upstream), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_alpha_out_of_range(dtype: torch.dtype) -> None:
+    """It grows with one over alpha squared; out of range it is infinite, as any other."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 4, 8, generator=generator, dtype=dtype) for _ in range(2))
+    alpha = torch.tensor(1e-30, dtype=dtype, requires_grad=True)
+    set_similarity(x, y, kind="soft_maxsim", alpha=alpha).sum().backward()
+    assert alpha.grad is not None
+    assert alpha.grad.isinf() if dtype == torch.float32 else alpha.grad.abs() > 1e50
