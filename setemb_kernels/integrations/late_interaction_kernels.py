@@ -7,7 +7,7 @@ Scores are float32 (float64 of float64). Masks are bool, True = valid; a documen
 ``backward`` is checked and makes no difference. Longest lengths are not needed; ``max_seqlen_q`` and ``max_seqlen_d``
 are there to be given.
 
-What is not here: PLAID, FP8 and the fused head.
+FP8 is in `late_interaction_kernels_fp8`. What is not here: PLAID and the fused head.
 """
 
 from __future__ import annotations

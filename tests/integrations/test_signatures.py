@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from setemb_kernels.integrations import flash_maxsim as flash
 from setemb_kernels.integrations import late_interaction_kernels as lik
+from setemb_kernels.integrations import late_interaction_kernels_fp8 as fp8
 from tests.integrations.same import EXACT, flags, sets, with_gradients
 
 
@@ -222,16 +222,64 @@ def test_patches_under_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done == ["{'drop_masked': True}", "undone"]
 
 
-@pytest.mark.parametrize("name", ["late_interaction_kernels", "flash_maxsim"])
+@pytest.mark.parametrize("of", ["tensor", "token"])
+def test_fp8(of: str) -> None:
+    """Next to what the codes say, in float64; and those are near what was encoded."""
+    quantize, decode = (getattr(fp8, f"{verb}_fp8_per_{of}") for verb in ("quantize", "dequantize"))
+    q_mask, d_mask = nothing_in_one(flags(5, 6)), nothing_in_one(flags(7, 9))
+    (q, q_scale), (d, d_scale) = quantize(Q), quantize(D)
+    assert q.dtype == d.dtype == torch.float8_e4m3fn
+    assert q_scale.shape == (() if of == "tensor" else Q.shape[:2]) and q_scale.dtype == torch.float32
+    torch.testing.assert_close(decode(q, q_scale), Q.float(), rtol=2**-4, atol=2**-9 * float(q_scale.max()))
+    decoded = decode(q, q_scale).double(), decode(d, d_scale).double()
+    scores = fp8.maxsim_inference_fp8(q, d, scale_Q=q_scale, scale_D=d_scale, q_mask=q_mask, d_mask=d_mask)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), lik.maxsim(*decoded, q_mask, d_mask), rtol=1e-5, atol=1e-5)
+    if of == "token":
+        q_scale, d_scale = q_scale[1], d_scale[2]
+    masks = {"q_mask": q_mask[1], "d_mask": d_mask[2]}
+    one = fp8.maxsim_inference_fp8(q[1], d[2], scale_Q=q_scale, scale_D=d_scale, **masks)
+    torch.testing.assert_close(one, scores[1, 2])
+
+
+def test_fp8_of_nothing() -> None:
+    for quantize in (fp8.quantize_fp8_per_tensor, fp8.quantize_fp8_per_token):
+        codes, scale = quantize(torch.zeros(2, 3, 8))
+        assert codes.float().eq(0).all() and scale.gt(0).all() and scale.isfinite().all()
+    codes, scale = fp8.quantize_fp8_per_tensor(torch.zeros(0, 8))
+    assert codes.shape == (0, 8) and scale == 1
+
+
+def test_results_of_fp8_are_theirs() -> None:
+    """The same codes and scales; scores as near as its plain path in bfloat16 is."""
+    theirs: Any = pytest.importorskip("late_interaction_kernels.fp8")
+    for of in ("tensor", "token"):
+        name = f"quantize_fp8_per_{of}"
+        (q, q_scale), (d, d_scale) = getattr(fp8, name)(Q.float()), getattr(fp8, name)(D.float())
+        for ours, their in zip((q, q_scale), getattr(theirs, name)(Q.float()), strict=True):
+            torch.testing.assert_close(ours.float(), their.float())
+        arguments = {"scale_Q": q_scale, "scale_D": d_scale}
+        theirs._WARNED_FP8_FALLBACK = False
+        with pytest.warns(RuntimeWarning, match="bf16"):
+            their = theirs.maxsim_inference_fp8(q, d, **arguments)
+        torch.testing.assert_close(fp8.maxsim_inference_fp8(q, d, **arguments), their.float(), rtol=2e-2, atol=5e-2)
+
+
+SUBMODULES = {
+    "late_interaction_kernels": "late_interaction_kernels.score_pairs",
+    "late_interaction_kernels_fp8": "late_interaction_kernels.fp8",
+}
+
+
+@pytest.mark.parametrize("name", ["late_interaction_kernels", "late_interaction_kernels_fp8", "flash_maxsim"])
 def test_signatures_are_theirs(name: str) -> None:
     """Of every name that both have: the same arguments in the same order with the same defaults."""
-    theirs: Any = pytest.importorskip(name)
+    theirs: Any = pytest.importorskip(name.removesuffix("_fp8"))
     ours = importlib.import_module(f"setemb_kernels.integrations.{name}")
-    if name == "late_interaction_kernels":
-        importlib.import_module(name + ".score_pairs")
+    submodule = importlib.import_module(SUBMODULES[name]) if name in SUBMODULES else None
     compared = 0
     for function in ours.__all__:
-        their = getattr(theirs, function, None) or getattr(sys.modules.get(name + ".score_pairs"), function, None)
+        their = getattr(submodule, function, None) or getattr(theirs, function, None)
         if their is None:
             continue
         pairs = [(their, getattr(ours, function))]
@@ -242,7 +290,7 @@ def test_signatures_are_theirs(name: str) -> None:
             seen = [[(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()] for f in (a, b)]
             assert seen[0] == seen[1], function
             compared += 1
-    assert compared >= 10
+    assert compared >= (5 if name.endswith("fp8") else 10)
 
 
 def test_results_are_theirs() -> None:
