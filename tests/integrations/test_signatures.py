@@ -234,7 +234,7 @@ def test_fp8(of: str) -> None:
     decoded = decode(q, q_scale).double(), decode(d, d_scale).double()
     scores = fp8.maxsim_inference_fp8(q, d, scale_Q=q_scale, scale_D=d_scale, q_mask=q_mask, d_mask=d_mask)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), lik.maxsim(*decoded, q_mask, d_mask), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.double(), lik.maxsim(*decoded, q_mask, d_mask), rtol=1e-6, atol=1e-6)
     if of == "token":
         q_scale, d_scale = q_scale[1], d_scale[2]
     masks = {"q_mask": q_mask[1], "d_mask": d_mask[2]}
