@@ -39,10 +39,6 @@ def strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
 _COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 """Kernel, device, kinds of the arguments and constants -> what was compiled for them, and the constants in order."""
 
-_SEEN: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-"""The same by the integers themselves, which costs less than to tell their kinds: in a loop sizes come again."""
-MOST_SEEN = 4096
-
 _KINDS: dict[type, Callable[[Any], Any]] = {
     Tensor: lambda v: (v.dtype, v.data_ptr() % 16),
     int: lambda v: (v == 1, v % 16 == 0, -(2**31) <= v < 2**31),
@@ -77,23 +73,12 @@ def launch(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, .
     if not isinstance(kernel, triton.JITFunction):  # interpreted
         kernel[grid](*arguments, **constants)
         return
-    device = torch.cuda.current_device()
-    sizes = [
-        v if type(v) is int else (v.dtype, v.data_ptr() % 16) if type(v) is Tensor else _kind(v) for v in arguments
-    ]
-    seen = (kernel, device, *sizes, *constants.items())
-    found = _SEEN.get(seen)
+    key = (kernel, torch.cuda.current_device(), *map(_kind, arguments), *constants.items())
+    found = _COMPILED.get(key)
     if found is None:
-        key = (kernel, device, *map(_kind, arguments), *constants.items())
-        found = _COMPILED.get(key)
-        if len(_SEEN) >= MOST_SEEN:
-            _SEEN.clear()
-        if found is None:
-            compiled = kernel[grid](*arguments, **constants)
-            names = kernel.arg_names[len(arguments) :]
-            _SEEN[seen] = _COMPILED[key] = compiled, tuple(constants[name] for name in names)
-            return
-        _SEEN[seen] = found
+        compiled = kernel[grid](*arguments, **constants)
+        _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        return
     compiled, rest = found
     compiled[grid](*arguments, *rest)
 

@@ -50,8 +50,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(_triton.triton, "JITFunction", Kernel)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_triton, "_COMPILED", {})
-    monkeypatch.setattr(_triton, "_SEEN", {})
-    monkeypatch.setattr(_triton, "MOST_SEEN", 4)
     return Kernel()
 
 
@@ -64,15 +62,6 @@ def test_looked_up(kernel: Kernel) -> None:
     assert kernel.compiled == 1
     assert first == ((7, 1, 1), (x, 3), {"HAS_MASK": False, "BLOCK": 16, "num_warps": 4})
     assert second == ((7, 1, 1), (x, 5, 16, False), {})
-
-
-def test_many_sizes(kernel: Kernel) -> None:
-    """They are forgotten, and what was compiled is not."""
-    x = torch.zeros(64)
-    for n in 2 * list(range(3, 15, 2)):
-        _triton.launch(kernel, 1, (x, n), BLOCK=16, HAS_MASK=False)
-        assert kernel.calls[-1][1][:2] == (x, n)
-    assert kernel.compiled == 1 and len(_triton._SEEN) <= 4
 
 
 def test_parameters_are_tensors(kernel: Kernel) -> None:
