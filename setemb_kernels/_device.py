@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,12 @@ def processors(x: Tensor) -> tuple[int, int]:
     """Multiprocessors and architecture (10 * major + minor of the compute capability)."""
     if x.device.type == "cpu":  # interpreted or emulated
         return 2, 90
-    properties = torch.cuda.get_device_properties(x.device)
+    return _processors(x.device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 

@@ -102,6 +102,31 @@ def test_another_device(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None
     assert kernel.compiled == 2 and kernel.calls[0][0] == (2, 3, 1)
 
 
+def test_launch_without_its_tensors(kernel: Kernel) -> None:
+    """What `launch` compiled serves, and tensors that lie elsewhere are compiled for."""
+    x = torch.zeros(64)
+    launch = _triton.Launch(kernel, 7, (3,), HAS_MASK=False, BLOCK=16, num_warps=4)
+    for tensor in (x, x[4:], x[1:], x[1:]):
+        launch(tensor)
+    assert kernel.compiled == 2
+    assert kernel.calls[0] == ((7, 1, 1), (x, 3), {"HAS_MASK": False, "BLOCK": 16, "num_warps": 4})
+    for call, start in zip(kernel.calls[1:], (4, 1, 1), strict=True):
+        assert call[0] == (7, 1, 1) and call[1][0].data_ptr() == x[start:].data_ptr()
+    assert kernel.calls[1][1][1:] == kernel.calls[3][1][1:] == (3, 16, False)
+    other = _triton.Launch(kernel, 5, (9,), HAS_MASK=False, BLOCK=16, num_warps=4)
+    other(x)
+    other(x)
+    assert kernel.compiled == 2 and kernel.calls[-1][1][1:] == (9, 16, False)
+
+
+def test_descriptor() -> None:
+    """All that Triton's own has, whatever its version."""
+    array = torch.zeros(48, 32)
+    ours, theirs = _triton.descriptor(array, (16, 8)), TensorDescriptor.from_tensor(array, [16, 8])
+    assert type(ours) is TensorDescriptor and ours.base is array
+    assert {**vars(ours), "block_shape": [16, 8], "base": None} == {**vars(theirs), "base": None}
+
+
 def kernels() -> Iterator[Any]:
     for path in sorted((ROOT / "setemb_kernels").glob("**/triton_*.py")):
         module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))

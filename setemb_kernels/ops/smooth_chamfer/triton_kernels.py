@@ -12,7 +12,6 @@ import math
 import triton
 import triton.language as tl
 
-from setemb_kernels._triton_products import add_product
 from setemb_kernels.ops.smooth_chamfer.triton_packing import (
     PEAKS,
     X_LONGEST,
@@ -121,22 +120,33 @@ def _load(operand, row, d, features, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, 
 @triton.jit
 def _scores(
     x, y, row, column, features,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """``c [ROWS, COLUMNS]`` of two packed operands."""
     c = tl.zeros((ROWS, COLUMNS), tl.float32)
     for d in range(0, features, BLOCK_D):
         a = _load(x, row, d, features, ROWS, BLOCK_D, BULK)
         b = _load(y, column, d, features, COLUMNS, BLOCK_D, BULK)
-        c = add_product(c, a, b.T, PRECISION)
+        c = tl.dot(a, b.T, c)
     return c
 
 
 @triton.jit
-def _is_served(scale, stats, SHIFTED: tl.constexpr):
-    """Whether this variant of a kernel is the one to serve: the unshifted one where |alpha c| is bounded."""
-    bounded = scale * tl.load(stats + X_LONGEST) * tl.load(stats + Y_LONGEST) <= _UNSHIFTED  # false for NaN
-    return bounded != SHIFTED
+def _tile(array, i, j, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to tile (i, j) of an array ``[_, columns]`` of fewer than 2^31 elements, as any chunk is."""
+    row = i * ROWS + tl.arange(0, ROWS)
+    column = j * COLUMNS + tl.arange(0, COLUMNS)
+    return array + row[:, None] * columns + column[None, :]
+
+
+@triton.jit
+def _tiles_served(tiles, scale, stats, SHIFTED: tl.constexpr, ALONE: tl.constexpr):
+    """All tiles, or none where it is for the other variant of a kernel to serve; the unshifted one serves where
+    |alpha c| is bounded."""
+    if not ALONE:
+        bounded = scale * tl.load(stats + X_LONGEST) * tl.load(stats + Y_LONGEST) <= _UNSHIFTED  # false for NaN
+        tiles = tl.where(bounded != SHIFTED, tiles, 0)
+    return tiles
 
 
 @triton.jit
@@ -242,23 +252,30 @@ def _store_similarity(
 
 @triton.jit
 def forward_kernel(
-    x, y,  # packed operands [rows, features]: descriptors if BULK, else pointers
+    x, y,  # packed operands [rows, features]: descriptors if BULK, else pointers; None where there are scores
+    scores,  # [row_tiles ROWS, column_tiles COLUMNS] float32: of a chunk, made before; or None
     x_valid, y_valid,  # [rows] int8; None unless MASKED
     stats,  # see `triton_packing`
     out,  # [N, M]
-    alpha, N, M, features, x_sets, y_sets, row_tiles, column_tiles,
+    alpha, N, M, features, x_sets, y_sets, first_row_tile, first_column_tile, row_tiles, column_tiles,
     K: tl.constexpr, L: tl.constexpr,  # powers of two
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    TILES: tl.constexpr, FLATTEN: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
-    SHIFTED: tl.constexpr, MASKED: tl.constexpr, ALPHA_ON_DEVICE: tl.constexpr, LIMIT: tl.constexpr,
+    TILES: tl.constexpr, FLATTEN: tl.constexpr, BULK: tl.constexpr,
+    SHIFTED: tl.constexpr, ALONE: tl.constexpr, MASKED: tl.constexpr, ALPHA_ON_DEVICE: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Persistent: a program takes tiles in turn, and fetches operands of the next one while it sums up the last."""
     scale, inverse = _sharpness(alpha, ALPHA_ON_DEVICE)
-    tiles = tl.where(_is_served(scale, stats, SHIFTED), row_tiles * column_tiles, 0)
+    tiles = _tiles_served(row_tiles * column_tiles, scale, stats, SHIFTED, ALONE)
     tl.assume(features > 0)  # else the compiler makes a second epilogue for tiles without products
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        i, j = _tile_position(tile, row_tiles, column_tiles, TILES)
-        c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D, BULK, PRECISION)
+        chunk_i, chunk_j = _tile_position(tile, row_tiles, column_tiles, TILES)
+        i = first_row_tile + chunk_i
+        j = first_column_tile + chunk_j
+        if scores is not None:
+            c = tl.load(_tile(scores, chunk_i, chunk_j, column_tiles * COLUMNS, ROWS, COLUMNS))
+        else:
+            c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D, BULK)
         parts = _parts(c, PART)
         for p in tl.static_range(COLUMNS // PART):
             _store_similarity(
@@ -338,37 +355,38 @@ def _store_weights(
         if BULK:
             chunk.store([chunk_i * ROWS, chunk_j * COLUMNS], w.to(chunk.dtype))
         else:
-            row = chunk_i * ROWS + tl.arange(0, ROWS)
-            column = chunk_j * COLUMNS + tl.arange(0, COLUMNS)
-            target = chunk + row[:, None] * chunk_columns + column[None, :]  # a chunk has far fewer than 2^31 elements
-            tl.store(target, w.to(chunk.dtype.element_ty))
+            tl.store(_tile(chunk, chunk_i, chunk_j, chunk_columns, ROWS, COLUMNS), w.to(chunk.dtype.element_ty))
 
 
 @triton.jit
 def weights_kernel(
-    x, y, x_valid, y_valid, stats,  # as in forward_kernel
+    x, y, scores, x_valid, y_valid, stats,  # as in forward_kernel
     grad,  # [N, M], any strides
-    chunk,  # [row_tiles ROWS, column_tiles COLUMNS], of the dtype of x: a descriptor if BULK; or None
+    chunk,  # [row_tiles ROWS, column_tiles COLUMNS], of the dtype of x: a descriptor if BULK; or None. May be scores
     alpha_parts,  # [all row tiles, all column parts] float32, or None
     alpha, N, M, features, x_sets, y_sets, stride_n, stride_m,
     first_row_tile, first_column_tile, row_tiles, column_tiles, all_parts,
     K: tl.constexpr, L: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    TILES: tl.constexpr, FLATTEN: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
-    SHIFTED: tl.constexpr, MASKED: tl.constexpr, ALPHA_ON_DEVICE: tl.constexpr,
+    TILES: tl.constexpr, FLATTEN: tl.constexpr, BULK: tl.constexpr,
+    SHIFTED: tl.constexpr, ALONE: tl.constexpr, MASKED: tl.constexpr, ALPHA_ON_DEVICE: tl.constexpr,
     NEED_CHUNK: tl.constexpr, NEED_ALPHA: tl.constexpr,
 ):  # fmt: skip
     """One chunk of W, scaled so that |W| <= 2^WEIGHT_EXPONENT, and sums over its parts for the gradient of alpha."""
     scale, _ = _sharpness(alpha, ALPHA_ON_DEVICE)
     exponent = gradient_exponent(stats)
     exponent_of_chunk = chunk_exponent(stats)
-    tiles = tl.where(_is_served(scale, stats, SHIFTED) | NEED_ALPHA, row_tiles * column_tiles, 0)
+    tiles = _tiles_served(row_tiles * column_tiles, scale, stats, SHIFTED, ALONE)
     tl.assume(features > 0)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         chunk_i, chunk_j = _tile_position(tile, row_tiles, column_tiles, TILES)
         i = first_row_tile + chunk_i
         j = first_column_tile + chunk_j
-        c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D, BULK, PRECISION)
+        if scores is not None:
+            c = tl.load(_tile(scores, chunk_i, chunk_j, column_tiles * COLUMNS, ROWS, COLUMNS))
+            tl.debug_barrier()  # W may take their place
+        else:
+            c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D, BULK)
         parts = _parts(c, PART)
         for p in tl.static_range(COLUMNS // PART):
             part_j = j * (COLUMNS // PART) + p

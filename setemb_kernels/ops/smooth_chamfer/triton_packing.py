@@ -1,7 +1,8 @@
 """The Triton kernels of smooth-Chamfer that pack operands and unpack gradients, and what all of them know of a call.
 
 ``stats`` holds that, in float32: PEAKS numbers that are 0 at first, of which a few are maxima over all sets (X_LONGEST
-and so on); then of each set of x its weight, its longest vector and its exponent ``[3, x_sets]``; then those of y.
+and so on; not raised without NEED_PEAKS); then of each set of x its weight, its longest vector and its exponent
+``[3, x_sets]``; then those of y.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _pack(
     v, mask, packed, valid, stats, longest_peak, exponent_peak, program, N, K, D, features, sets,
     stride_n, stride_k, stride_d, mask_stride_n, mask_stride_k,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, BLOCK_D: tl.constexpr,
-    LARGEST_EXPONENT: tl.constexpr,
+    LARGEST_EXPONENT: tl.constexpr, NEED_PEAKS: tl.constexpr,
 ):  # fmt: skip
     """Pack SETS sets. Sets past N are packed as sets without valid vectors."""
     n = program.to(tl.int64) * SETS + tl.arange(0, SETS)[:, None]  # [SETS, 1]
@@ -90,8 +91,9 @@ def _pack(
     tl.store(stats + n, tl.where(finite, weight, float("nan")))
     tl.store(stats + sets + n, longest)
     tl.store(stats + 2 * sets + n, exponent)
-    _raise_peak(longest_peak, tl.max(tl.max(longest, 1), 0))
-    _raise_peak(exponent_peak, tl.max(tl.max(exponent, 1), 0))
+    if NEED_PEAKS:
+        _raise_peak(longest_peak, tl.max(tl.max(longest, 1), 0))
+        _raise_peak(exponent_peak, tl.max(tl.max(exponent, 1), 0))
 
 
 @triton.jit
@@ -107,7 +109,7 @@ def pack_kernel(
     rows, columns, row_stride, column_stride,
     X_SLOTS: tl.constexpr, X_GROUP: tl.constexpr, X_SETS: tl.constexpr,
     Y_SLOTS: tl.constexpr, Y_GROUP: tl.constexpr, Y_SETS: tl.constexpr,
-    X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, LARGEST_EXPONENT: tl.constexpr,
+    X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, LARGEST_EXPONENT: tl.constexpr, NEED_PEAKS: tl.constexpr,
     GRAD_ROWS: tl.constexpr, GRAD_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The first programs pack x, the next y, the rest look for the largest gradient: one launch for all of them."""
@@ -117,14 +119,14 @@ def pack_kernel(
         _pack(
             x, x_mask, x_packed, x_valid, x_stats, stats + X_LONGEST, stats + X_EXPONENT, program, N, K, D, features,
             x_sets, x_stride_n, x_stride_k, x_stride_d, x_mask_stride_n, x_mask_stride_k,
-            X_SLOTS, X_GROUP, X_SETS, X_BLOCK, LARGEST_EXPONENT,
+            X_SLOTS, X_GROUP, X_SETS, X_BLOCK, LARGEST_EXPONENT, NEED_PEAKS,
         )  # fmt: skip
     elif program < x_programs + y_programs:
         _pack(
             y, y_mask, y_packed, y_valid, x_stats + 3 * x_sets, stats + Y_LONGEST, stats + Y_EXPONENT,
             program - x_programs, M, L, D, features,
             y_sets, y_stride_n, y_stride_k, y_stride_d, y_mask_stride_n, y_mask_stride_k,
-            Y_SLOTS, Y_GROUP, Y_SETS, Y_BLOCK, LARGEST_EXPONENT,
+            Y_SLOTS, Y_GROUP, Y_SETS, Y_BLOCK, LARGEST_EXPONENT, NEED_PEAKS,
         )  # fmt: skip
     else:
         if grad is not None:

@@ -16,7 +16,7 @@ import triton.language as tl  # noqa: E402
 
 from setemb_kernels import _device  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
-from setemb_kernels.ops.smooth_chamfer import triton_kernels  # noqa: E402
+from setemb_kernels.ops.smooth_chamfer import triton_config, triton_kernels  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
 from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, check_wide, reference_results  # noqa: E402
 
@@ -24,6 +24,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 TABLE = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for dtype in DTYPES for case in cases(dtype)]
 NAMED = {case.name: case for case in CASES}
+
+
+@pytest.fixture(autouse=True)
+def both_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of calls of more scores than of any case here."""
+    monkeypatch.setattr(triton_config, "LARGEST_LIGHT", 0)
 
 
 def run(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,9 +52,14 @@ def test_16_bit_in_float32_out(name: str, dtype: torch.dtype) -> None:
     check_wide(wide, NAMED[name], dtype, DEVICE)
 
 
+@pytest.mark.parametrize("largest_light", [0, 1 << 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["larger than a tile", "empty sets among others", "overflowing products", "D 1031"])
-def test_without_gradient_of_alpha(name: str) -> None:
-    """Where alpha needs none, W may come from the kernel that does not shift."""
+def test_without_gradient_of_alpha(
+    name: str, dtype: torch.dtype, largest_light: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where alpha needs none, W may come from the kernel that does not shift; of few scores from the other."""
+    monkeypatch.setattr(triton_config, "LARGEST_LIGHT", largest_light)
 
     def without(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         arguments = (i.x, i.y, i.alpha, i.x_mask, i.y_mask)
@@ -56,7 +67,7 @@ def test_without_gradient_of_alpha(name: str) -> None:
         assert none.shape == (0,)
         return backend.forward(*arguments), grad_x, grad_y, reference_results(i)[3]
 
-    check(without, NAMED[name], torch.float32, DEVICE)
+    check(without, NAMED[name], dtype, DEVICE)
 
 
 @pytest.mark.parametrize("name", ["larger than a tile", "sliced", "K 16 L 3"])
@@ -66,11 +77,12 @@ def test_pointers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run, NAMED[name], torch.float16, DEVICE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["larger than a tile", "many rows"])
-def test_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_chunks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1 << 18)
     monkeypatch.setattr(backend, "CHUNK_COLUMNS", 256)
-    check(run, NAMED[name], torch.float16, DEVICE)
+    check(run, NAMED[name], dtype, DEVICE)
 
 
 def test_alpha_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
