@@ -83,13 +83,17 @@ def launch(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, .
     compiled[grid](*arguments, *rest)
 
 
+LAYOUTS = 512
+"""Of so many layouts of its inputs an op keeps its launches."""
+
+
 class Launch:
     """`launch` of all but the tensors, for calls that come again: it looks at each argument, 25 of them in 20 us.
 
     Of one device. All that a kernel may be compiled for is given beforehand, but for where tensors lie.
     """
 
-    def __init__(self, kernel: Any, programs: int, numbers: tuple[Any, ...], **constants: Any) -> None:
+    def __init__(self, kernel: Any, programs: int, numbers: tuple[int | float, ...], **constants: Any) -> None:
         """
         Args:
             kernel: a ``triton.jit`` function, whose arguments are those of a call, then numbers, then constants.

@@ -8,6 +8,9 @@ Where there would be too few programs, each takes a part of the tokens and combi
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -41,18 +44,72 @@ def config_of(heads: int, K: int, T: int, D: int, dtype: torch.dtype, backward: 
     return shared.Config(rows, max(16, min(64, 2 * SUMS // block_d)), block_d, 8 if block_d >= 256 else 4, 3, True)
 
 
-def _launch(q: Tensor, k: Tensor, D: int, backward: bool) -> tuple[shared.Config, int, int] | None:
-    """Tile sizes, splits of the tokens and tokens of each, of the kernels that read each token once, where those serve;
-    D: the larger of both numbers of features."""
-    B, H, K, _ = q.shape
-    groups, T = k.shape[1:3]
-    config = config_of(H // groups, K, T, D, q.dtype, backward)
+class Layout(NamedTuple):
+    """Of a call all that its launch depends on, but for where tensors lie."""
+
+    q: torch.Size
+    k: torch.Size
+    features: int
+    """Of the result."""
+    strides: tuple[tuple[int, ...] | None, ...]
+    """Of all tensors of any strides, in the order of the kernel; None of one that is not there."""
+    dtype: torch.dtype
+    device: torch.device
+    processors: int
+    precision: str
+    numbers: tuple[float, ...]
+    needs: tuple[bool, ...] = ()
+    """Of a backward call, which gradients."""
+
+
+class Plan(NamedTuple):
+    """What calls of one layout share."""
+
+    launch: _triton.Launch
+    splits: int
+    """Of the tokens."""
+
+
+@functools.lru_cache(_triton.LAYOUTS)
+def _plan(layout: Layout) -> Plan | None:
+    """Where the kernels that read each token once serve."""
+    (B, H, K, D), (_, groups, T, _), Dv = layout.q, layout.k, layout.features
+    is_backward = bool(layout.needs)
+    config = config_of(H // groups, K, T, max(D, Dv), layout.dtype, is_backward)
     if config is None or not T:
         return None
-    programs, _ = _device.processors(q)
-    splits = max(1, min(_triton.cdiv(2 * programs, B * groups), T // shared.SPLIT_TOKENS)) if config.tokens < T else 1
+    items = B * groups
+    splits = 1
+    if config.tokens < T:
+        splits = max(1, min(_triton.cdiv(2 * layout.processors, items), T // shared.SPLIT_TOKENS))
     per_split = max(1, _triton.cdiv(T, splits * config.tokens)) * config.tokens
-    return config, max(1, _triton.cdiv(T, per_split)), per_split
+    splits = max(1, _triton.cdiv(T, per_split))
+    axes = (4, 4, 4, 3, 2, 4, 4, 4)
+    strides = (s or (0,) * n for s, n in zip(layout.strides, axes, strict=False))
+    launch = _triton.Launch(
+        kernels.fused_backward_kernel if is_backward else kernels.fused_forward_kernel, items * splits,
+        (
+            splits, items, groups, H // groups, K, T, D, Dv, per_split, *layout.numbers,
+            *(stride for each in strides for stride in each),
+        ),
+        SPLIT=splits > 1, ONE_BLOCK=max(D, Dv) <= config.block_d, **shared.layout(K), **config.launch(),
+        PRECISION=layout.precision,
+    )  # fmt: skip
+    return Plan(launch, splits)
+
+
+def _plan_of(
+    q: Tensor,
+    k: Tensor,
+    features: int,
+    others: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    needs: tuple[bool, ...] = (),
+) -> Plan | None:
+    strides = q.stride(), k.stride(), *(None if t is None else t.stride() for t in others)
+    processors, _ = _device.processors(q)
+    precision = _device.precision()
+    return _plan(Layout(q.shape, k.shape, features, strides, q.dtype, q.device, processors, precision, numbers, needs))
 
 
 def forward(
@@ -69,24 +126,14 @@ def forward(
     total: Tensor,
 ) -> bool:
     """Fill out and total, where the kernel that reads each token once serves."""
-    (B, H, K, D), groups, T, Dv = q.shape, k.shape[1], k.shape[2], v.shape[3]
-    found = _launch(q, k, max(D, Dv), False)
-    if found is None:
+    plan = _plan_of(q, k, v.shape[3], (v, bias, mask, out), (scale, eps, token_eps, factor))
+    if plan is None:
         return False
-    config, splits, per_split = found
-    into, sums = out, total
+    into, sums, splits = out, total, plan.splits
     if splits > 1:
-        into, sums = (out.new_empty(shape, dtype=torch.float32) for shape in ((splits, B, H, K, Dv), (B, H, K, splits)))
-    _triton.launch(
-        kernels.fused_forward_kernel, B * groups * splits,
-        (
-            q, k, v, bias, mask, into, sums, splits, B * groups, groups, H // groups, K, T, D, Dv, per_split,
-            scale, eps, token_eps, factor, *q.stride(), *k.stride(), *v.stride(), *_triton.strides(bias, 3),
-            *_triton.strides(mask, 2), *out.stride(),
-        ),
-        SPLIT=splits > 1, ONE_BLOCK=max(D, Dv) <= config.block_d, **shared.layout(K), **config.launch(),
-        PRECISION=_device.precision(),
-    )  # fmt: skip
+        into = out.new_empty(splits, *out.shape, dtype=torch.float32)
+        sums = out.new_empty(*total.shape, splits, dtype=torch.float32)
+    plan.launch(q, k, v, bias, mask, into, sums)
     if splits > 1:
         shared.combine(into, sums, out, total, splits, splits, eps)
     return True
@@ -109,32 +156,25 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """All gradients, where the kernel that reads each token once serves."""
-    (B, H, K, D), groups, T, Dv = q.shape, k.shape[1], k.shape[2], out.shape[3]
     need_v = need_v and v is not None
-    found = _launch(q, k, max(D, Dv), True)
-    if found is None or not total.numel() or not (need_q or need_k or need_v or need_bias):
+    if not total.numel() or not (need_q or need_k or need_v or need_bias):
         return None
-    config, splits, per_split = found
-    grad_q = empty_like_slots(q, D) if need_q else None
+    grad_q = empty_like_slots(q, q.shape[3]) if need_q else None
+    factor = 2.0**15 if q.dtype == torch.float16 else 1.0  # of weights that are at most 1
+    others = v, bias, mask, grad, out, grad_q
+    needs = need_q, need_k, need_v, need_bias
+    plan = _plan_of(q, k, out.shape[3], others, (scale, token_eps, factor), needs)
+    if plan is None:
+        return None
+    splits = plan.splits
     grad_k = k.new_empty(k.shape) if need_k else None
     grad_v = k.new_empty(v.shape) if v is not None and need_v else None
-    sums = total.new_empty(B, H, K, splits) if need_bias else None
+    sums = total.new_empty(*total.shape, splits) if need_bias else None
     into = grad_q
     if grad_q is not None and splits > 1:
-        into = total.new_empty(splits, B, H, K, D)
+        into = total.new_empty(splits, *q.shape)
     factors = shared.factors_of(grad) if q.dtype == torch.float16 else None
-    factor = 2.0**15 if q.dtype == torch.float16 else 1.0  # of weights that are at most 1
-    _triton.launch(
-        kernels.fused_backward_kernel, B * groups * splits,
-        (
-            q, k, v, bias, mask, grad, out, total, factors, into, grad_k, grad_v, sums, splits, B * groups, groups,
-            H // groups, K, T, D, Dv, per_split, scale, token_eps, factor, *q.stride(), *k.stride(),
-            *_triton.strides(v, 4), *_triton.strides(bias, 3), *_triton.strides(mask, 2), *grad.stride(), *out.stride(),
-            *_triton.strides(grad_q, 4),
-        ),
-        SPLIT=splits > 1, ONE_BLOCK=max(D, Dv) <= config.block_d, **shared.layout(K), **config.launch(),
-        PRECISION=_device.precision(),
-    )  # fmt: skip
+    plan.launch(q, k, v, bias, mask, grad, out, total, factors, into, grad_k, grad_v, sums)
     if grad_q is not None and into is not None and splits > 1:
         shared.combine(into, None, grad_q, None, splits, 0, 0.0)
     nothing = q.new_empty(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -47,14 +48,28 @@ def combine(
     partial: Tensor, sums: Tensor | None, out: Tensor, total: Tensor | None, splits: int, token_blocks: int, eps: float
 ) -> None:
     """Add up parts ``[splits, B, H, K, D]`` into out; given sums of weights, fill total, and divide by it."""
-    B, H, K, D = out.shape
+    has_sums = sums is not None, total is not None
+    launch = _combining(out.shape, out.stride(), out.dtype, out.device, has_sums, splits, token_blocks, eps)
+    launch(partial, sums, out, total)
+
+
+@functools.lru_cache(_triton.LAYOUTS)
+def _combining(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    has_sums: tuple[bool, bool],
+    splits: int,
+    token_blocks: int,
+    eps: float,
+) -> _triton.Launch:
+    B, H, K, D = shape
     block = rows_block(D)
     feature_blocks = max(1, _triton.cdiv(D, block["BLOCK_D"]))
-    _triton.launch(
-        kernels.combine_kernel, _triton.cdiv(B * H * K, block["ROWS"]) * feature_blocks,
-        (partial, sums, out, total, feature_blocks, splits, B * H * K, H, K, D, token_blocks, eps, *out.stride()),
-        **block,
-    )  # fmt: skip
+    programs = _triton.cdiv(B * H * K, block["ROWS"]) * feature_blocks
+    numbers = feature_blocks, splits, B * H * K, H, K, D, token_blocks, eps, *strides
+    return _triton.Launch(kernels.combine_kernel, programs, numbers, **block)
 
 
 def rows_block(D: int) -> dict[str, int]:

@@ -15,9 +15,6 @@ from setemb_kernels.ops.smooth_chamfer import triton_config as sizes
 from setemb_kernels.ops.smooth_chamfer import triton_kernels as kernels
 from setemb_kernels.ops.smooth_chamfer import triton_packing as packing
 
-PLANS = 512
-"""So many are kept."""
-
 
 class Place(NamedTuple):
     """Where one operand is packed: ``[sets * slots, features]`` in tile order."""
@@ -96,7 +93,7 @@ class Plan:
         self.dtype, (self.programs, arch) = dtype, processors
         self.stored = dtype == torch.float32
         """Whether scores are made by a plain product."""
-        alone = need_alpha or self.N * K * self.M * L <= largest_light
+        alone = need_alpha or largest_light >= self.N * K * self.M * L
         self.variants = sizes.variants(K, L, dtype, arch, backward=grad is not None, alone=alone)
         configs = [config for _, config in self.variants]
         self.rows, self.columns = max(config.rows for config in configs), max(config.columns for config in configs)
@@ -248,7 +245,7 @@ class Plan:
             launch(x_sum, y_sum, x_mask, y_mask, a.stats, grad_x, grad_y)
 
 
-_plan = functools.lru_cache(PLANS)(Plan)
+_plan = functools.lru_cache(_triton.LAYOUTS)(Plan)
 
 
 def _place(count: int, slots: int, group: int, rows: int, features: int) -> Place:
