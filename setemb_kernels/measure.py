@@ -8,7 +8,6 @@ means, which is smooth-Chamfer of sets of one vector; everything else goes to ``
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, get_args
 
 import torch
@@ -121,13 +120,7 @@ def _batched(x: Tensor, y: Tensor) -> bool:
 
 def check_bias(name: str, bias: float | Tensor, device: torch.device) -> Tensor:
     """`bias`, a finite number, as a 0-dim tensor."""
-    if isinstance(bias, Tensor):
-        return _check.scalar(name, bias, device)
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-        raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(bias).__name__}")
-    if not -math.inf < bias < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {bias}")
-    return torch.tensor(float(bias), dtype=torch.float64)
+    return _check.real(name, bias, device)
 
 
 class _Packed(NamedTuple):

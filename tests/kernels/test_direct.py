@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from setemb_kernels import (
+    _check,
     _direct,
     set_infonce_loss,
     set_sigmoid_loss,
@@ -342,3 +343,20 @@ def test_tracers_see_the_op(direct: list[str]) -> None:
         traced = torch.jit.trace(lambda x, y: smooth_chamfer(x, y, alpha=ALPHA), (X, Y), check_trace=False)
     assert "setemb::smooth_chamfer" in str(traced.graph)
     assert not direct
+
+
+# --- numbers that are kept
+
+
+def test_a_number_is_kept_unless_another_tensor_may_be_made_of_it() -> None:
+    _check._number.cache_clear()
+    with torch.inference_mode():
+        kept = _check.number(2)
+    assert _check.number(2.0) is kept and kept.item() == 2 and kept.dtype == torch.float64
+    assert not kept.is_inference()
+    with FakeTensorMode() as mode:
+        assert isinstance(_check.number(2.0), type(mode.from_tensor(X)))
+        _check.number(3.0)
+    with torch.device("meta"):
+        assert _check.number(3.0).device.type == "meta"
+    assert _check.number(3.0).item() == 3 and _check.number(2.0) is kept

@@ -139,7 +139,7 @@ def set_similarity(
         sharpness, shift = (_check.real(name, v, x.device) for name, v in (("scale", scale), ("bias", bias)))
     else:
         sharpness = _check.sharpness("alpha", alpha if kind in reference.SOFT else 1.0, x.device)
-        shift = torch.zeros((), dtype=torch.float64)
+        shift = _check.number(0.0)
     if as_codes:
         result = codes.similarity(xs, ys, chosen, sharpness, shift, kind, reduction == "mean")
     else:
@@ -222,7 +222,7 @@ def _product_of_means(xs: PackedSets, ys: PackedSets, candidates: Tensor | None,
         xs, ys = (s._replace(rows=s.rows.to(dtype)) for s in (xs, ys))
     with torch.autocast(device, enabled=False):
         (x, x_some), (y, y_some) = means(xs, wider), means(ys, wider)
-        one, nothing = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        one, nothing = _check.number(1.0), _check.number(0.0)
         offsets = (torch.arange(v.shape[0] + 1, device=v.device) for v in (x, y))
         s = ops.set_similarity(x, next(offsets), y, next(offsets), candidates, one, nothing, "max", False, True)
         both = x_some[:, None] & (y_some if candidates is None else y_some[candidates.clamp(min=0)])

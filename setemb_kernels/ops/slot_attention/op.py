@@ -123,7 +123,7 @@ def slot_attention(
     """
     _check.floating("q", q, _check.SLOTS)
     k, v = _as_one_head(k, v, q.shape[1])
-    for name, value in (("k", k), ("v", k if v is None else v)):
+    for name, value in (("k", k),) if v is None else (("k", k), ("v", v)):
         _check.floating(name, value, _check.TOKENS)
         _check.same_size(name, value, "q", q, {0: "items"})
         if value.shape[1] not in (1, q.shape[1]):
@@ -136,7 +136,8 @@ def slot_attention(
         _check.floating("bias", bias, _check.SLOTS[:3])
         _check.same_size("bias", bias, "q", q, {0: "items", 1: "heads", 2: "slots"})
         _check.like("bias", bias, "q", q)
-    _check.mask("mask", mask, (k.shape[0], k.shape[2]), "the tokens of k", k)
+    if mask is not None:
+        _check.mask("mask", mask, (k.shape[0], k.shape[2]), "the tokens of k", k)
     scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else 1.0 if scale is None else scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
