@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+
+from setemb_kernels import _direct
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SETS = ("sets", "vectors", "features")
@@ -19,16 +22,17 @@ def floating(name: str, value: Tensor, axes: tuple[str, ...], also: tuple[torch.
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dim() != len(axes):
         raise ValueError(f"{name}: expected {len(axes)} dimensions [{', '.join(axes)}], got shape {list(value.shape)}")
-    if value.dtype not in (*FLOATING, *also):
+    if value.dtype not in FLOATING and value.dtype not in also:
         *most, last = map(_dtype, (*FLOATING, *also))
         raise TypeError(f"{name}: expected {', '.join(most)} or {last}, got {_dtype(value.dtype)}")
 
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Both have one dtype (under autocast they will have, float64 aside) and one device."""
-    cast = torch.float64 not in (value.dtype, other.dtype) and torch.is_autocast_enabled(other.device.type)
-    if value.dtype != other.dtype and not cast:
-        raise TypeError(f"{name}: expected {_dtype(other.dtype)} as in {other_name}, got {_dtype(value.dtype)}")
+    if value.dtype != other.dtype:
+        cast = torch.float64 not in (value.dtype, other.dtype) and torch.is_autocast_enabled(other.device.type)
+        if not cast:
+            raise TypeError(f"{name}: expected {_dtype(other.dtype)} as in {other_name}, got {_dtype(value.dtype)}")
     if value.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} as of {other_name}, got {value.device}")
 
@@ -63,8 +67,10 @@ def similar_sets(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | N
     floating("y", y, SETS)
     same_size("y", y, "x", x, {2: "features"})
     like("y", y, "x", x)
-    mask("x_mask", x_mask, x.shape[:2], "x", x)
-    mask("y_mask", y_mask, y.shape[:2], "y", y)
+    if x_mask is not None:
+        mask("x_mask", x_mask, x.shape[:2], "x", x)
+    if y_mask is not None:
+        mask("y_mask", y_mask, y.shape[:2], "y", y)
 
 
 def group(name: str, value: Tensor | None, sets_name: str, sets: Tensor) -> None:
@@ -100,7 +106,7 @@ def sharpness(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(value).__name__}")
     positive_and_finite(name, value)
-    return torch.tensor(float(value), dtype=torch.float64)
+    return number(value)
 
 
 def real(name: str, value: float | Tensor, device: torch.device) -> Tensor:
@@ -111,12 +117,25 @@ def real(name: str, value: float | Tensor, device: torch.device) -> Tensor:
         raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(value).__name__}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    return torch.tensor(float(value), dtype=torch.float64)
+    return number(value)
+
+
+def number(value: float) -> Tensor:
+    """`value` as a 0-dim tensor, not to be written to: it is kept for the next call, unless that may see another."""
+    return torch.tensor(float(value), dtype=torch.float64) if _direct.watched() else _number(float(value))
+
+
+@functools.lru_cache(256)
+def _number(value: float) -> Tensor:
+    with torch.inference_mode(False):  # autograd does not save what was made in it
+        return torch.tensor(value, dtype=torch.float64)
 
 
 def wide_result(name: str, value: torch.dtype | None, of_name: str, of: Tensor) -> bool:
     """Whether a result is wanted in float32, not in the 16-bit type of `of` (under autocast it may become one)."""
-    if value is None or value == of.dtype:
+    if value is None:
+        return False
+    if value == of.dtype:
         return value == torch.float32
     if not isinstance(value, torch.dtype):
         raise TypeError(f"{name}: expected a torch.dtype or None, got {type(value).__name__}")

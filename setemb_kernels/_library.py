@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from setemb_kernels import _direct
+
 _LIBRARY = torch.library.Library("setemb", "FRAGMENT")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def define(qualified_name: str, schema: str) -> None:
     """Declare an op ``setemb::name``."""
     torch.library.define(qualified_name, schema, lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def implement(qualified_name: str) -> Callable[[_F], _F]:
+    """Let a function serve an op where no compiled kernel is registered: called by the dispatcher, or by `_direct`."""
+
+    def register(function: _F) -> _F:
+        torch.library.impl(qualified_name, "CompositeExplicitAutograd", function, lib=_LIBRARY)
+        _direct.implementation(qualified_name.removeprefix("setemb::"), function)
+        return function
+
+    return register
+
+
+def register_autograd(qualified_name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+    """`torch.library.register_autograd`, for `_direct` too."""
+    torch.library.register_autograd(qualified_name, backward, setup_context=setup_context, lib=_LIBRARY)
+    _direct.autograd(qualified_name.removeprefix("setemb::"), backward, setup_context)
 
 
 def forbid_double_backward(qualified_name: str) -> None:

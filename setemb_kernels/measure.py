@@ -8,13 +8,13 @@ means, which is smooth-Chamfer of sets of one vector; everything else goes to ``
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from setemb_kernels import _check
+from setemb_kernels._direct import ops
 from setemb_kernels.ops.set_similarity import reference
 from setemb_kernels.ops.set_similarity.op import Kind
 
@@ -58,13 +58,13 @@ class Measure(NamedTuple):
             (x, _, x_mask), (y, _, y_mask) = _means(x, x_mask), _means(y, y_mask)
         s: Tensor
         if self.kind in ("smooth_chamfer", "mean") and not paired:
-            s = torch.ops.setemb.smooth_chamfer(x, y, self._sharpness(), x_mask, y_mask, True)
+            s = ops.smooth_chamfer(x, y, self._sharpness(), x_mask, y_mask, True)
             return s
         if paired and _batched(x, y):
             return reference.paired_forward(x, y, x_mask, y_mask, *self._packed_arguments())
         a, b = _packed(x, x_mask), _packed(y, y_mask)
         who, kind = _each(len(x), x.device) if paired else None, self._packed_kind()
-        s = torch.ops.setemb.set_similarity(
+        s = ops.set_similarity(
             a.rows, a.offsets, b.rows, b.offsets, who, self._sharpness(), self.bias, kind, self.mean, True
         )
         return s.squeeze(1) if paired else s
@@ -88,15 +88,13 @@ class Measure(NamedTuple):
             nothing = self.alpha.new_zeros(() if need_alpha else 0), self.bias.new_zeros(() if need_bias else 0)
             return by_a * x_share if need_x else by_a, by_b * y_share if need_y else by_b, *nothing
         if self.kind == "smooth_chamfer" and not paired:
-            found = torch.ops.setemb.smooth_chamfer_backward(
-                grad, x, y, self.alpha, x_mask, y_mask, need_x, need_y, need_alpha
-            )
+            found = ops.smooth_chamfer_backward(grad, x, y, self.alpha, x_mask, y_mask, need_x, need_y, need_alpha)
             return *found, self.bias.new_zeros(() if need_bias else 0)
         if paired and _batched(x, y):
             return reference.paired_backward(grad, x, y, x_mask, y_mask, *self._packed_arguments(), *needs)
         a_rows, b_rows = _packed(x, x_mask), _packed(y, y_mask)
         who = _each(len(x), x.device) if paired else None
-        by_x, by_y, by_alpha, by_bias = torch.ops.setemb.set_similarity_backward(
+        by_x, by_y, by_alpha, by_bias = ops.set_similarity_backward(
             grad[:, None] if paired else grad,
             *(a_rows.rows, a_rows.offsets, b_rows.rows, b_rows.offsets, who),
             *(self._sharpness(), self.bias, self._packed_kind(), self.mean, *needs),
@@ -122,13 +120,7 @@ def _batched(x: Tensor, y: Tensor) -> bool:
 
 def check_bias(name: str, bias: float | Tensor, device: torch.device) -> Tensor:
     """`bias`, a finite number, as a 0-dim tensor."""
-    if isinstance(bias, Tensor):
-        return _check.scalar(name, bias, device)
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-        raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(bias).__name__}")
-    if not -math.inf < bias < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {bias}")
-    return torch.tensor(float(bias), dtype=torch.float64)
+    return _check.real(name, bias, device)
 
 
 class _Packed(NamedTuple):

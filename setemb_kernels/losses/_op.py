@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from setemb_kernels._library import define, forbid_double_backward, register_autocast
+from setemb_kernels._direct import ops
+from setemb_kernels._library import define, forbid_double_backward, implement, register_autocast, register_autograd
 from setemb_kernels.losses.tiles import TENSORS, Gradients, Sets
 
 _SETS = (
@@ -31,7 +32,7 @@ def define_loss(
     backward: Backward,
     fake_state: Callable[..., tuple[Tensor, Tensor]],
 ) -> Any:
-    """Define ``setemb::name`` and its backward, and return the op.
+    """Define ``setemb::name`` and its backward, and return what calls the op.
 
     Args:
         name: of the op.
@@ -58,11 +59,11 @@ def define_loss(
         """Scalars and options."""
         return *args[TENSORS:own], *args[own + 2 :]
 
-    @torch.library.impl(name_forward, "CompositeExplicitAutograd")
+    @implement(name_forward)
     def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return forward(sets_of(args), *others(args))
 
-    @torch.library.impl(name_backward, "CompositeExplicitAutograd")
+    @implement(name_backward)
     def _(grad: Tensor, rows: Tensor, columns: Tensor, *args: Any) -> tuple[Tensor, ...]:
         sets, rest, needs = sets_of(args), others(args[:-4]), args[-4:]
         gradients = Gradients(sets, *needs)
@@ -91,13 +92,12 @@ def define_loss(
 
     def autograd(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        op = getattr(torch.ops.setemb, f"{name}_backward")
-        found = op(grad, *ctx.saved_tensors, *ctx.options, *needs[:4])
+        found = getattr(ops, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.options, *needs[:4])
         first = [g if need else None for g, need in zip(found[:4], needs, strict=False)]
         last = [g if need else None for g, need in zip(found[4:], needs[TENSORS:], strict=False)]
         return *first, *(None,) * (TENSORS - 4), *last, *(None for _ in ctx.options)
 
-    torch.library.register_autograd(name_forward, autograd, setup_context=setup_context)
+    register_autograd(name_forward, autograd, setup_context=setup_context)
     forbid_double_backward(name_backward)
     register_autocast(name_forward, cast=2)
-    return getattr(torch.ops.setemb, name)
+    return getattr(ops, name)

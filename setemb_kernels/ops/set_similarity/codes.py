@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from setemb_kernels._direct import ops
 from setemb_kernels._library import define
 from setemb_kernels.ops.set_similarity.layout import CODES, PackedSets, check_offsets
 
@@ -53,7 +54,7 @@ def similarity(
         if xs.rows.device.type != "cpu":
             return _decoded(xs, ys, candidates, alpha, bias, kind, mean)
     scales = (None if s.scale is None else s.scale.float() for s in (xs, ys))
-    result: Tensor = torch.ops.setemb.set_similarity_codes(
+    result: Tensor = ops.set_similarity_codes(
         xs.rows, next(scales), xs.offsets, ys.rows, next(scales), ys.offsets, candidates, alpha, bias, kind, mean
     )
     return result
@@ -74,7 +75,7 @@ def _decoded(
     def some(part: PackedSets) -> Tensor:
         y = part.decoded(dtype)
         with torch.autocast(xs.rows.device.type, enabled=False):
-            result: Tensor = torch.ops.setemb.set_similarity(
+            result: Tensor = ops.set_similarity(
                 xs.rows, xs.offsets, y.rows, y.offsets, candidates, alpha, bias, kind, mean, True
             )
         return result

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _check
-from setemb_kernels._library import define, forbid_double_backward, forbid_gradient, register_autocast
+from setemb_kernels._direct import ops
+from setemb_kernels._library import (
+    define,
+    forbid_double_backward,
+    forbid_gradient,
+    implement,
+    register_autocast,
+    register_autograd,
+)
 from setemb_kernels.backends import OpBackends
 from setemb_kernels.ops.set_similarity import codes, reference
 from setemb_kernels.ops.set_similarity.layout import CODES, PackedSets, means, packed
@@ -131,11 +139,11 @@ def set_similarity(
         sharpness, shift = (_check.real(name, v, x.device) for name, v in (("scale", scale), ("bias", bias)))
     else:
         sharpness = _check.sharpness("alpha", alpha if kind in reference.SOFT else 1.0, x.device)
-        shift = torch.zeros((), dtype=torch.float64)
+        shift = _check.number(0.0)
     if as_codes:
         result = codes.similarity(xs, ys, chosen, sharpness, shift, kind, reduction == "mean")
     else:
-        result = torch.ops.setemb.set_similarity(
+        result = ops.set_similarity(
             xs.rows, xs.offsets, ys.rows, ys.offsets, chosen, sharpness, shift, kind, reduction == "mean", wide
         )
     return result.squeeze(1) if pairs == "paired" else result
@@ -214,11 +222,9 @@ def _product_of_means(xs: PackedSets, ys: PackedSets, candidates: Tensor | None,
         xs, ys = (s._replace(rows=s.rows.to(dtype)) for s in (xs, ys))
     with torch.autocast(device, enabled=False):
         (x, x_some), (y, y_some) = means(xs, wider), means(ys, wider)
-        one, nothing = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        one, nothing = _check.number(1.0), _check.number(0.0)
         offsets = (torch.arange(v.shape[0] + 1, device=v.device) for v in (x, y))
-        s = torch.ops.setemb.set_similarity(
-            x, next(offsets), y, next(offsets), candidates, one, nothing, "max", False, True
-        )
+        s = ops.set_similarity(x, next(offsets), y, next(offsets), candidates, one, nothing, "max", False, True)
         both = x_some[:, None] & (y_some if candidates is None else y_some[candidates.clamp(min=0)])
         if candidates is not None:
             both = both | (candidates < 0)
@@ -259,7 +265,7 @@ BACKENDS = OpBackends(
 )
 
 
-@torch.library.impl(FORWARD, "CompositeExplicitAutograd")
+@implement(FORWARD)
 def _forward(
     x: Tensor,
     x_offsets: Tensor,
@@ -279,7 +285,7 @@ def _forward(
     )
 
 
-@torch.library.impl(codes.FORWARD, "CompositeExplicitAutograd")
+@implement(codes.FORWARD)
 def _forward_of_codes(
     x: Tensor,
     x_scale: Tensor | None,
@@ -299,7 +305,7 @@ def _forward_of_codes(
     return result
 
 
-@torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
+@implement(BACKWARD)
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -390,12 +396,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     need = (needs[0], needs[2], needs[5], needs[6])
-    gradients = torch.ops.setemb.set_similarity_backward(grad, *ctx.saved_tensors, ctx.kind, ctx.mean, *need)
+    gradients = ops.set_similarity_backward(grad, *ctx.saved_tensors, ctx.kind, ctx.mean, *need)
     x, y, alpha, bias = (g if n else None for g, n in zip(gradients, need, strict=True))
     return x, None, y, None, None, alpha, bias, None, None, None
 
 
-torch.library.register_autograd(FORWARD, _autograd, setup_context=_setup_context)
+register_autograd(FORWARD, _autograd, setup_context=_setup_context)
 forbid_double_backward(BACKWARD)
 forbid_gradient(codes.FORWARD, "is for scoring and has no gradient")
 register_autocast(FORWARD, cast=3)  # x and y, as for a matrix product

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _check
-from setemb_kernels._library import define, forbid_double_backward, register_autocast
+from setemb_kernels._direct import ops
+from setemb_kernels._library import define, forbid_double_backward, implement, register_autocast, register_autograd
 from setemb_kernels.backends import OpBackends
 from setemb_kernels.ops.slot_attention import reference
 from setemb_kernels.ops.slot_attention.layout import empty_like_slots
@@ -122,7 +123,7 @@ def slot_attention(
     """
     _check.floating("q", q, _check.SLOTS)
     k, v = _as_one_head(k, v, q.shape[1])
-    for name, value in (("k", k), ("v", k if v is None else v)):
+    for name, value in (("k", k),) if v is None else (("k", k), ("v", v)):
         _check.floating(name, value, _check.TOKENS)
         _check.same_size(name, value, "q", q, {0: "items"})
         if value.shape[1] not in (1, q.shape[1]):
@@ -135,7 +136,8 @@ def slot_attention(
         _check.floating("bias", bias, _check.SLOTS[:3])
         _check.same_size("bias", bias, "q", q, {0: "items", 1: "heads", 2: "slots"})
         _check.like("bias", bias, "q", q)
-    _check.mask("mask", mask, (k.shape[0], k.shape[2]), "the tokens of k", k)
+    if mask is not None:
+        _check.mask("mask", mask, (k.shape[0], k.shape[2]), "the tokens of k", k)
     scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else 1.0 if scale is None else scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
@@ -143,7 +145,7 @@ def slot_attention(
         raise ValueError(f"scale: expected a finite number, got {scale}")
     _check.not_negative_and_finite("eps", eps)
     _check.not_negative_and_finite("token_eps", token_eps)
-    out, _ = torch.ops.setemb.slot_attention(q, k, v, bias, mask, scale, eps, token_eps)
+    out, _ = ops.slot_attention(q, k, v, bias, mask, float(scale), float(eps), float(token_eps))
     return (out, _attention(q, k, bias, mask, scale)) if return_attention else out
 
 
@@ -201,7 +203,7 @@ BACKENDS = OpBackends(
 )
 
 
-@torch.library.impl(FORWARD, "CompositeExplicitAutograd")
+@implement(FORWARD)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -215,7 +217,7 @@ def _forward(
     return BACKENDS.implementation(reference, q).forward(q, k, v, bias, mask, scale, eps, token_eps)
 
 
-@torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
+@implement(BACKWARD)
 def _backward(
     grad: Tensor,
     q: Tensor,
@@ -293,10 +295,10 @@ def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if grad is None:
         return (None,) * 8
     needs = ctx.needs_input_grad[:4]
-    gradients = torch.ops.setemb.slot_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.token_eps, *needs)
+    gradients = ops.slot_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.token_eps, *needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None
 
 
-torch.library.register_autograd(FORWARD, _autograd, setup_context=_setup_context)
+register_autograd(FORWARD, _autograd, setup_context=_setup_context)
 forbid_double_backward(BACKWARD)
 register_autocast(FORWARD, cast=4)  # q, k, v and bias, as for a matrix product

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from setemb_kernels._library import define
+from setemb_kernels._direct import ops
+from setemb_kernels._library import define, implement
 from setemb_kernels.ops.smooth_chamfer import op  # noqa: F401  (defines setemb::smooth_chamfer)
 
 FORWARD = "setemb::smooth_chamfer_mixed"
@@ -33,7 +34,7 @@ def similarity(
     says what its vectors are multiplied by.
     """
     if x.dtype == torch.float32 and y.dtype != torch.float64:
-        result: Tensor = torch.ops.setemb.smooth_chamfer_mixed(x, y, alpha, x_mask, y_mask, y_scale)
+        result: Tensor = ops.smooth_chamfer_mixed(x, y, alpha, x_mask, y_mask, y_scale)
         return result
     return _decoded(x, y, alpha, x_mask, y_mask, y_scale)
 
@@ -44,7 +45,7 @@ def _decoded(
     out = x.new_empty(len(x), len(y))
     for part, some in decoded(y, x.dtype, y_scale):
         mask = None if y_mask is None else y_mask[part]
-        out[:, part] = torch.ops.setemb.smooth_chamfer(x, some, alpha, x_mask, mask)
+        out[:, part] = ops.smooth_chamfer(x, some, alpha, x_mask, mask, False)
     return out
 
 
@@ -58,7 +59,7 @@ def decoded(y: Tensor, dtype: torch.dtype, y_scale: Tensor | None) -> Iterator[t
         yield part, some if y_scale is None else some * y_scale[part, :, None]
 
 
-torch.library.impl(FORWARD, "CompositeExplicitAutograd")(_decoded)
+implement(FORWARD)(_decoded)
 
 
 @torch.library.register_fake(FORWARD)

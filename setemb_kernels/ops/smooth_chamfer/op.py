@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _check
-from setemb_kernels._library import define, forbid_double_backward, register_autocast
+from setemb_kernels._direct import ops
+from setemb_kernels._library import define, forbid_double_backward, implement, register_autocast, register_autograd
 from setemb_kernels.backends import OpBackends
 from setemb_kernels.ops.smooth_chamfer import reference
 
@@ -75,7 +76,7 @@ def smooth_chamfer(
     _check.similar_sets(x, y, x_mask, y_mask)
     sharpness = _check.sharpness("alpha", alpha, x.device)
     wide = _check.wide_result("out_dtype", out_dtype, "x", x)
-    result: Tensor = torch.ops.setemb.smooth_chamfer(x, y, sharpness, x_mask, y_mask, wide)
+    result: Tensor = ops.smooth_chamfer(x, y, sharpness, x_mask, y_mask, wide)
     return result
 
 
@@ -112,7 +113,7 @@ BACKENDS = OpBackends(
 )
 
 
-@torch.library.impl(FORWARD, "CompositeExplicitAutograd")
+@implement(FORWARD)
 def _forward(
     x: Tensor,
     y: Tensor,
@@ -126,7 +127,7 @@ def _forward(
     return BACKENDS.implementation(reference, x, y).forward(x, y, alpha, x_mask, y_mask, wide)
 
 
-@torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
+@implement(BACKWARD)
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -194,12 +195,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, y, alpha, x_mask, y_mask = ctx.saved_tensors
     need_x, need_y, need_alpha, *_ = ctx.needs_input_grad
-    grad_x, grad_y, grad_alpha = torch.ops.setemb.smooth_chamfer_backward(
+    grad_x, grad_y, grad_alpha = ops.smooth_chamfer_backward(
         grad, x, y, alpha, x_mask, y_mask, need_x, need_y, need_alpha
     )
     return grad_x if need_x else None, grad_y if need_y else None, grad_alpha if need_alpha else None, None, None, None
 
 
-torch.library.register_autograd(FORWARD, _autograd, setup_context=_setup_context)
+register_autograd(FORWARD, _autograd, setup_context=_setup_context)
 forbid_double_backward(BACKWARD)
 register_autocast(FORWARD, cast=2)  # x and y, as for a matrix product

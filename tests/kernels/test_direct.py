@@ -1,0 +1,362 @@
+"""Calls that pass by the dispatcher: they give what it gives, and whatever has to see the op still sees it.
+
+Here they are made on the CPU, where no kernel of ours is called by its function: the reference serves.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from setemb_kernels import (
+    _check,
+    _direct,
+    set_infonce_loss,
+    set_sigmoid_loss,
+    set_similarity,
+    set_triplet_loss,
+    slot_attention,
+    smooth_chamfer,
+)
+from setemb_kernels._library import define, forbid_double_backward, implement, register_autograd
+from setemb_kernels.ops.smooth_chamfer import mixed, op
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+X, Y, ALPHA, BIAS = numbers(5, 2, 6), numbers(5, 3, 6, seed=1), torch.tensor(3.0), torch.tensor(0.5)
+X_MASK, Y_MASK = numbers(5, 2) > -1, numbers(5, 3, seed=1) > -1
+Q, K, V, SLOT_BIAS = numbers(2, 2, 3, 4), numbers(2, 2, 7, 4, seed=1), numbers(2, 2, 7, 5, seed=2), numbers(2, 2, 3)
+TOKENS = numbers(2, 7, seed=3) > -1
+MASKS: dict[str, Any] = {"x_mask": X_MASK, "y_mask": Y_MASK}
+
+CASES: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "smooth_chamfer": ("smooth_chamfer", lambda x, y, a: smooth_chamfer(x, y, alpha=a), (X, Y, ALPHA)),
+    "smooth_chamfer, masks": ("smooth_chamfer", lambda x, y: smooth_chamfer(x, y, **MASKS), (X, Y)),
+    "slot_attention": ("slot_attention", lambda q, k: slot_attention(q, k, None, eps=0, scale=1), (Q, K)),
+    "slot_attention, all arguments": (
+        "slot_attention",
+        lambda q, k, v, b: slot_attention(q, k, v, bias=b, mask=TOKENS),
+        (Q, K, V, SLOT_BIAS),
+    ),
+    "maxsim": ("set_similarity", lambda x, y: set_similarity(x, y, "maxsim", **MASKS), (X, Y)),
+    "mean": ("set_similarity", lambda x, y: set_similarity(x, y, "mean"), (X, Y)),
+    "match_probability": (
+        "set_similarity",
+        lambda x, y, a, b: set_similarity(x, y, "match_probability", scale=a, bias=b, pairs="paired"),
+        (X, Y, ALPHA, BIAS),
+    ),
+    "triplet": ("set_triplet_loss", lambda x, y, a: set_triplet_loss(x, y, alpha=a), (X, Y, ALPHA)),
+    "infonce": ("set_infonce_loss", lambda x, y, a: set_infonce_loss(x, y, temperature=a), (X, Y, ALPHA)),
+    "sigmoid": (
+        "set_sigmoid_loss",
+        lambda x, y, a, b: set_sigmoid_loss(x, y, scale=a, bias=b, kind="maxsim"),
+        (X, Y, ALPHA, BIAS),
+    ),
+}
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the ops that are called directly, as if all tensors were on a GPU."""
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        calls.append(name)
+        return function(*args)
+
+    monkeypatch.setattr(_direct, "_on_gpu", lambda x: True)
+    for functions in (_direct._IMPLEMENTATIONS, _direct._RECORDED):
+        for name, function in functions.items():
+            if function is not getattr(torch.ops.setemb, name):
+                monkeypatch.setitem(functions, name, partial(counted, name, function))
+    return calls
+
+
+@contextmanager
+def dispatched() -> Iterator[None]:
+    """A block in which nothing is called directly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_direct, "_on_gpu", lambda x: False)
+        yield
+
+
+def leaves(tensors: tuple[Tensor, ...], needed: int | None = None) -> list[Tensor]:
+    """Copies that require gradients: all, or that of one place."""
+    return [t.clone().requires_grad_(needed in (None, i)) for i, t in enumerate(tensors)]
+
+
+def passed(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor | None]:
+    """The result, and gradients from one that is not contiguous."""
+    result = function(*tensors)
+    upstream = torch.arange(1.0, 1 + result.shape[-1]) if result.dim() else torch.tensor(2.0)
+    result.backward(upstream.to(result.dtype).expand(result.shape))
+    return [result.detach(), *(t.grad for t in tensors)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_are_those_of_the_dispatcher(case: str, direct: list[str]) -> None:
+    name, function, tensors = CASES[case]
+    for needed in (None, *range(len(tensors))):
+        with dispatched():
+            expected = passed(function, leaves(tensors, needed))
+        assert not direct
+        got = passed(function, leaves(tensors, needed))
+        assert direct[0] == name and f"{name}_backward" in direct
+        direct.clear()
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_recorded_where_nothing_requires_a_gradient(case: str, direct: list[str]) -> None:
+    name, function, tensors = CASES[case]
+    result = function(*tensors)
+    assert direct[0] == name and not result.requires_grad
+    with torch.no_grad():
+        assert not function(*leaves(tensors)).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(function(*tensors), result)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_derivative_raises(case: str, direct: list[str]) -> None:
+    name, function, tensors = CASES[case]
+    x, *others = leaves(tensors)
+    (gradient,) = torch.autograd.grad(function(x, *others).square().sum(), x, create_graph=True)
+    assert name in direct and f"{name}_backward" not in direct
+    with pytest.raises(RuntimeError, match=r"second derivative|not implemented"):  # a mean is made of torch's, too
+        gradient.sum().backward()
+
+
+def test_codes_and_mixed_sets(direct: list[str]) -> None:
+    codes = (20 * Y).round().to(torch.int8)
+    with dispatched():
+        expected = set_similarity(codes, codes, "maxsim")
+    torch.testing.assert_close(set_similarity(codes, codes, "maxsim"), expected)
+    assert "set_similarity_codes" in direct
+    x, y = X.float(), Y.bfloat16()
+    torch.testing.assert_close(mixed.similarity(x, y, ALPHA, None, None, None), smooth_chamfer(x, y.float(), alpha=3))
+    assert "smooth_chamfer_mixed" in direct
+
+
+# --- the same implementation both ways: smooth_chamfer's, under a name for which no compiled kernel is registered
+
+
+def _twin() -> None:
+    define("setemb::twin", "(Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask, bool wide) -> Tensor")
+    define(
+        "setemb::twin_backward",
+        "(Tensor grad, Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask, bool need_x, bool need_y,"
+        " bool need_alpha) -> (Tensor, Tensor, Tensor)",
+    )
+    implement("setemb::twin")(op._forward)
+    implement("setemb::twin_backward")(op._backward)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:3]
+        found = _direct.ops.twin_backward(grad, *ctx.saved_tensors, *needs)
+        return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None
+
+    register_autograd("setemb::twin", backward, setup_context=op._setup_context)
+    forbid_double_backward("setemb::twin_backward")
+
+
+_twin()
+
+
+def test_one_implementation_gives_the_same_bits(direct: list[str]) -> None:
+    saved: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t.numel())
+        return t
+
+    def twin(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            result: Tensor = _direct.ops.twin(x, y, alpha, X_MASK, None, False)
+        return result
+
+    with dispatched():
+        expected = passed(twin, leaves((X, Y, ALPHA)))
+    assert not direct
+    got = passed(twin, leaves((X, Y, ALPHA)))
+    assert direct == ["twin", "twin_backward"]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))  # type: ignore[arg-type]
+    assert saved == 2 * [X.numel(), Y.numel(), 1, X_MASK.numel()]
+
+
+# --- what has to see the op
+
+
+class Subclass(Tensor):
+    pass
+
+
+class SeenByDispatch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class SeenByFunction(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def autocast_of_a_gpu() -> Iterator[None]:
+    """`torch.autocast` turns itself off where there is no GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize("mode", [autocast_of_a_gpu, forward_ad.dual_level, SeenByDispatch, SeenByFunction])
+def test_modes_see_the_op(mode: Callable[[], AbstractContextManager[Any]], direct: list[str]) -> None:
+    expected = smooth_chamfer(X, Y)
+    direct.clear()
+    x, y = leaves((X, Y))
+    with mode() as entered:
+        result = smooth_chamfer(x, y)
+    assert not direct
+    torch.testing.assert_close(result.detach(), expected)
+    if isinstance(entered, (SeenByDispatch, SeenByFunction)):
+        assert any("smooth_chamfer" in name for name in entered.seen)
+    if mode is not SeenByFunction:  # which sees the call of backward and is off in it
+        with mode():
+            result.sum().backward()
+        assert not direct and x.grad is not None
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_fake_tensors(inside: bool, direct: list[str]) -> None:
+    mode = FakeTensorMode()
+    x, y, alpha = (mode.from_tensor(t) for t in (X, Y, ALPHA))
+    with mode if inside else nullcontext():
+        result = smooth_chamfer(x, y, alpha=alpha)
+    assert not direct and result.shape == (5, 5) and type(result) is type(x)
+
+
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        lambda x: x.as_subclass(Subclass),
+        lambda x: torch._neg_view(-x),
+        lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    ],
+    ids=["subclass", "negative view", "zero tensor"],
+)
+@pytest.mark.parametrize("side", [0, 1])
+def test_tensors_unlike_others(unlike: Callable[[Tensor], Tensor], side: int, direct: list[str]) -> None:
+    sides = [X, Y]
+    sides[side] = unlike(sides[side])
+    result = smooth_chamfer(*sides)
+    assert not direct
+    torch.testing.assert_close(result.as_subclass(Tensor), smooth_chamfer(*(s.as_subclass(Tensor) + 0 for s in sides)))
+
+
+def test_parameters_are_like_others(direct: list[str]) -> None:
+    smooth_chamfer(torch.nn.Parameter(X), Y).sum().backward()
+    assert direct == ["smooth_chamfer", "smooth_chamfer_backward"]
+
+
+def test_an_integer_for_a_float_is_made_one(direct: list[str]) -> None:
+    _direct.ops.slot_attention(Q, K, None, None, None, 1, 0.0, 0.0)
+    assert not direct
+    _direct.ops.slot_attention(Q, K, None, None, None, 1.0, 0.0, 0.0)
+    assert direct == ["slot_attention"]
+
+
+def test_on_the_cpu_the_dispatcher_finds_the_compiled_kernel() -> None:
+    assert _direct._needs_dispatcher((X, Y))
+
+
+def test_vmap(direct: list[str]) -> None:
+    expected = smooth_chamfer(X, Y)
+    direct.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no batching rule
+        got = torch.func.vmap(lambda x: smooth_chamfer(x, Y))(X[None])
+    assert not direct
+    torch.testing.assert_close(got[0], expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compilers_see_the_op(case: str, direct: list[str]) -> None:
+    name, function, tensors = CASES[case]
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(function, fullgraph=True, backend=backend)(*leaves(tensors)).sum().backward()
+    assert f"setemb.{name}" in seen
+    assert f"{name}_backward" in direct  # what the graph calls is no longer compiled
+    assert name not in direct
+
+
+def test_compiled_with_its_backward(direct: list[str]) -> None:
+    torch._dynamo.reset()
+    _, function, tensors = CASES["smooth_chamfer"]
+    with dispatched():
+        expected = passed(function, leaves(tensors))
+    got = passed(torch.compile(function, fullgraph=True, backend="aot_eager"), leaves(tensors))
+    assert not direct
+    torch.testing.assert_close(got, expected)
+
+
+def test_tracers_see_the_op(direct: list[str]) -> None:
+    graph = make_fx(lambda x, y: smooth_chamfer(x, y))(X, Y)
+    assert "setemb.smooth_chamfer" in graph.code
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and checks become constants
+        traced = torch.jit.trace(lambda x, y: smooth_chamfer(x, y, alpha=ALPHA), (X, Y), check_trace=False)
+    assert "setemb::smooth_chamfer" in str(traced.graph)
+    assert not direct
+
+
+# --- numbers that are kept
+
+
+def test_a_number_is_kept_unless_another_tensor_may_be_made_of_it() -> None:
+    _check._number.cache_clear()
+    with torch.inference_mode():
+        kept = _check.number(2)
+    assert _check.number(2.0) is kept and kept.item() == 2 and kept.dtype == torch.float64
+    assert not kept.is_inference()
+    with FakeTensorMode() as mode:
+        assert isinstance(_check.number(2.0), type(mode.from_tensor(X)))
+        _check.number(3.0)
+    with torch.device("meta"):
+        assert _check.number(3.0).device.type == "meta"
+    assert _check.number(3.0).item() == 3 and _check.number(2.0) is kept
