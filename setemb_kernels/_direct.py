@@ -52,7 +52,7 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
 def _call(name: str, *args: Any) -> Any:
     if watched() or _needs_dispatcher(args):
         return getattr(torch.ops.setemb, name)(*args)
-    if torch.is_grad_enabled() and any([v.requires_grad for v in args if isinstance(v, Tensor)]):
+    if torch.is_grad_enabled() and any(v.requires_grad for v in args if isinstance(v, Tensor)):
         return _RECORDED[name](*args)
     return _IMPLEMENTATIONS[name](*args)
 
