@@ -38,6 +38,7 @@ SETS = [  # K, L, masked: each branch of the tile sizes, and both ends of it
     (torch.float32, 4, 4, False),
     (torch.float32, 3, 7, True),
     (torch.float32, 2, 1, False),
+    (torch.float32, 64, 64, True),
 ]
 SLOTS = [  # heads that share keys, K, D, masked and with a bias: sizes in use, each branch of the tile sizes, both ends
     (torch.bfloat16, 4, 4, 1024, False),
@@ -199,7 +200,8 @@ def _check(reports: list[Report], arch: int, tensor_cores: str) -> None:
 def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
     p, arch = parameters, parameters["arch"]
     if test == "test_smooth_chamfer":
-        builds = smooth_chamfer.configs(p["K"], p["L"], 1024, p["dtype"], arch, p["masked"])
+        sizes = (1024, 256) if (p["dtype"], arch) == (torch.bfloat16, 90) else (1024,)
+        builds = [b for D in sizes for b in smooth_chamfer.configs(p["K"], p["L"], D, p["dtype"], arch, p["masked"])]
     elif test == "test_tiles_of_losses":
         builds = triton_tiles.configs()
     elif test == "test_listed_pairs":

@@ -26,17 +26,25 @@ class Config(NamedTuple):
     bulk: bool
     num_warps: int
     num_stages: int
+    programs: int = 1
+    """Of a multiprocessor, where the loop over tiles is pipelined."""
 
     @functools.cache  # noqa: B019 -- there are few
     def launch(self) -> dict[str, Any]:
         """Keyword arguments of a launch."""
         names = {"rows": "ROWS", "columns": "COLUMNS", "part": "PART", "block_d": "BLOCK_D", "tiles": "TILES"}
         names |= {"flatten": "FLATTEN", "bulk": "BULK"}
-        return {names.get(name, name): value for name, value in self._asdict().items()} | {
+        return {names.get(name, name): value for name, value in self._asdict().items() if name != "programs"} | {
             "enable_fp_fusion": True,
             "maxnreg": 255,  # left alone, the compiler may spill to make room for a second program
         }
 
+
+LARGEST_PAIRED = 256
+"""Features up to which W is made by two programs a multiprocessor on sm_90, of which one multiplies while the other
+takes exponentials and writes. On an H100, N = M = 8192, K = L = 4: 1.92 ms for 2.31 with 128 features, but with 1024
+4.9 to 5.4 for 4.2 to 5.0, as half a tile reads more for each product. The forward kernel, which writes little: 1.2
+times the plain product for 1.2 to 1.45 with 1024 features, 1.6 for 1.7 with 128. Masks would take it over its registers."""
 
 LARGEST_LIGHT = 1 << 24
 """So many scores take less time than the launch of a kernel that leaves them to the other variant: the one for any
@@ -52,24 +60,30 @@ with a gradient for alpha, on sm_90: 24), and above 64 vectors more do."""
 
 
 def variants(
-    K: int, L: int, dtype: torch.dtype, arch: int, *, backward: bool, alone: bool
+    K: int, L: int, D: int, dtype: torch.dtype, arch: int, *, masked: bool, backward: bool, alone: bool
 ) -> list[tuple[bool, Config]]:
     """Whether it shifts, and tile sizes, of each variant that a call launches.
 
     Args:
         K, L: vectors of a set.
+        D: features.
         dtype: of the operands. Of float32, scores are made before; see `triton`.
         arch: 10 * major + minor of the compute capability.
+        masked: some vectors are not valid.
         backward: the kernel that makes chunks of W, or the forward one.
         alone: the variant for any scores alone.
     """
     if dtype == torch.float32:
         return [(True, _stored_config(K, L))]
-    sizes = [
-        (shifted, _config(K, L, arch, 64 if shifted and backward else 128, shifted, 3 if backward else 4))
-        for shifted in (False, True)
-    ]
-    return sizes[1:] if alone else sizes
+    shifted = _config(K, L, arch, 64 if backward else 128, True, 3 if backward else 4)
+    if alone:
+        return [(True, shifted)]
+    plain = _config(K, L, arch, 128, False, 3 if backward else 4)
+    if 90 <= arch < 100 and plain.rows == plain.part == 128 and (not backward or (D <= LARGEST_PAIRED and not masked)):
+        plain = plain._replace(columns=128, num_warps=4, programs=2, num_stages=3)
+        if backward:  # beside what a tile of W passes through on its way to memory
+            plain = plain._replace(block_d=32, num_stages=4)
+    return [(False, plain), (True, shifted)]
 
 
 @functools.cache
@@ -79,7 +93,7 @@ def _stored_config(K: int, L: int) -> Config:
     slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
     rows = max(32, slots_x)
     part = max(32 if min(slots_x, slots_y) < 4 else min(128, 4096 // rows), slots_y)
-    warps = min(max(rows * part // 1024, 4), 16)
+    warps = min(max(rows * part // 1024, 4), 8)
     return Config(rows, part, part, 16, 8, flatten=False, bulk=False, num_warps=warps, num_stages=1)
 
 
@@ -128,10 +142,11 @@ def group(slots: int) -> int:
 def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool = False) -> Iterator[_triton.Build]:
     """Every kernel that forward and backward launch for such sets on such a chip; with masks, for a wide result."""
     slots_x, slots_y = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
-    part = variants(K, L, dtype, arch, backward=False, alone=True)[0][1].part
+    is_masked = masked or (slots_x, slots_y) != (K, L)
+    part = variants(K, L, D, dtype, arch, masked=is_masked, backward=False, alone=True)[0][1].part
     limit = torch.finfo(dtype).max
     shared: dict[str, Any] = {"K": slots_x, "L": slots_y, "GROUP": group(slots_x), "ALPHA_ON_DEVICE": False}
-    shared["MASKED"] = masked or (slots_x, slots_y) != (K, L)
+    shared["MASKED"] = is_masked
     shared |= {"x": None, "y": None} if dtype == torch.float32 else {"scores": None}
     layout: dict[str, Any] = {
         f"{side}_{name}": value
@@ -147,17 +162,17 @@ def configs(K: int, L: int, D: int, dtype: torch.dtype, arch: int, masked: bool 
     for absent in ((), ("grad",)):
         constants = {**layout, **gradient, **adjacent, **dict.fromkeys(absent), "LARGEST_EXPONENT": 56}
         constants["NEED_PEAKS"] = True
-        yield _build(packing.pack_kernel, dtype, constants, {}, shared["MASKED"], masked)
-    yield _build(packing.unpack_kernel, dtype, layout, {}, shared["MASKED"], masked)
-    for shifted, config in variants(K, L, dtype, arch, backward=False, alone=False):
+        yield _build(packing.pack_kernel, dtype, constants, {}, is_masked, masked)
+    yield _build(packing.unpack_kernel, dtype, layout, {}, is_masked, masked)
+    for shifted, config in variants(K, L, D, dtype, arch, masked=is_masked, backward=False, alone=False):
         constants = {**shared, "SHIFTED": shifted, "ALONE": dtype == torch.float32, "LIMIT": limit}
-        yield _build(kernels.forward_kernel, dtype, constants, config.launch(), shared["MASKED"], masked)
-    for shifted, config in variants(K, L, dtype, arch, backward=True, alone=False):
+        yield _build(kernels.forward_kernel, dtype, constants, config.launch(), is_masked, masked)
+    for shifted, config in variants(K, L, D, dtype, arch, masked=is_masked, backward=True, alone=False):
         for need_alpha in (False, True)[: 1 + shifted]:
             constants = {**shared, "SHIFTED": shifted, "NEED_CHUNK": True, "NEED_ALPHA": need_alpha, "stride_m": 1}
             constants |= {"ALONE": need_alpha or dtype == torch.float32}
             constants |= {} if need_alpha else {"alpha_parts": None}
-            yield _build(kernels.weights_kernel, dtype, constants, config.launch(), shared["MASKED"], masked)
+            yield _build(kernels.weights_kernel, dtype, constants, config.launch(), is_masked, masked)
 
 
 def _build(

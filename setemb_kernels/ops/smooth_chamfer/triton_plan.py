@@ -93,15 +93,17 @@ class Plan:
         self.dtype, (self.programs, arch) = dtype, processors
         self.stored = dtype == torch.float32
         """Whether scores are made by a plain product."""
-        alone = need_alpha or largest_light >= self.N * K * self.M * L
-        self.variants = sizes.variants(K, L, dtype, arch, backward=grad is not None, alone=alone)
-        configs = [config for _, config in self.variants]
-        self.rows, self.columns = max(config.rows for config in configs), max(config.columns for config in configs)
-        self.part, block_d = configs[0].part, configs[0].block_d
-        self.features = _triton.cdiv(max(self.D, 1), block_d) * block_d
-        self.strides: Strides = (0, 0) if grad is None else grad[0]
         x_slots, y_slots = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
         self.masked = x_mask is not None or y_mask is not None or (x_slots, y_slots) != (K, L)
+        alone = need_alpha or largest_light >= self.N * K * self.M * L
+        self.variants = sizes.variants(
+            K, L, self.D, dtype, arch, masked=self.masked, backward=grad is not None, alone=alone
+        )
+        configs = [config for _, config in self.variants]
+        self.rows, self.columns = max(config.rows for config in configs), max(config.columns for config in configs)
+        self.part, block_d = configs[0].part, max(config.block_d for config in configs)
+        self.features = _triton.cdiv(max(self.D, 1), block_d) * block_d
+        self.strides: Strides = (0, 0) if grad is None else grad[0]
         self.x = _place(self.N, x_slots, sizes.group(x_slots), self.rows, self.features)
         self.y = _place(self.M, y_slots, self.part // y_slots, self.columns, self.features)
         self.need_peaks = grad is not None or len(configs) > 1
@@ -201,7 +203,7 @@ class Plan:
         tiles = (x.stop - x.start) // config.rows, (y.stop - y.start) // config.columns
         programs = math.prod(tiles)
         if config.flatten:  # the loop over tiles is pipelined
-            programs = min(programs, self.programs)
+            programs = min(programs, self.programs * config.programs)
         numbers: tuple[int, ...] = *self.strides, *first, *tiles, self.y.height // config.part
         if kernel is kernels.forward_kernel:
             numbers = *first, *tiles
