@@ -122,10 +122,11 @@ class Launch:
             self._runs[places] = compiled[_grid(self.programs)], (*self.numbers, *rest)
 
 
-def descriptor(array: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """``TensorDescriptor.from_tensor(array, block)`` of a contiguous array of ours, without its checks: 1 us, not 5."""
+def descriptor(array: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> TensorDescriptor:
+    """``TensorDescriptor.from_tensor`` of an array of ours or, as it is contiguous, of its numbers in another shape. It
+    checks nothing: 1 us in place of 5."""
     found = object.__new__(TensorDescriptor)
-    found.__dict__.update(_DESCRIBED, base=array, shape=array.shape, strides=(array.shape[1], 1), block_shape=block)
+    found.__dict__.update(_DESCRIBED, base=array, shape=shape, strides=(shape[1], 1), block_shape=block)
     return found
 
 

@@ -122,7 +122,7 @@ def test_launch_without_its_tensors(kernel: Kernel) -> None:
 def test_descriptor() -> None:
     """All that Triton's own has, whatever its version."""
     array = torch.zeros(48, 32)
-    ours, theirs = _triton.descriptor(array, (16, 8)), TensorDescriptor.from_tensor(array, [16, 8])
+    ours, theirs = _triton.descriptor(array, (48, 32), (16, 8)), TensorDescriptor.from_tensor(array, [16, 8])
     assert type(ours) is TensorDescriptor and ours.base is array
     assert {**vars(ours), "block_shape": [16, 8], "base": None} == {**vars(theirs), "base": None}
 

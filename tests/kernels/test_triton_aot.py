@@ -25,6 +25,7 @@ from setemb_kernels.losses import triton_pairs, triton_tiles  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton as slot_attention  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as smooth_chamfer  # noqa: E402
+from setemb_kernels.ops.smooth_chamfer import triton_light  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -39,6 +40,13 @@ SETS = [  # K, L, masked: each branch of the tile sizes, and both ends of it
     (torch.float32, 3, 7, True),
     (torch.float32, 2, 1, False),
     (torch.float32, 64, 64, True),
+]
+LIGHT = [  # K, L: sizes in use, and both ends
+    (torch.bfloat16, 4, 4),
+    (torch.bfloat16, 8, 2),
+    (torch.bfloat16, 1, 1),
+    (torch.bfloat16, 64, 64),
+    (torch.float16, 1, 16),
 ]
 SLOTS = [  # heads that share keys, K, D, masked and with a bias: sizes in use, each branch of the tile sizes, both ends
     (torch.bfloat16, 4, 4, 1024, False),
@@ -106,6 +114,21 @@ def test_smooth_chamfer(
     request: pytest.FixtureRequest,
 ) -> None:
     _check(reports[request.node.name].result(), arch, TENSOR_CORES[arch])
+
+
+@pytest.mark.parametrize("arch", [90])
+@pytest.mark.parametrize(("dtype", "K", "L"), LIGHT)
+def test_few_scores(
+    dtype: torch.dtype,
+    K: int,
+    L: int,
+    arch: int,
+    reports: dict[str, Future[list[Report]]],
+    request: pytest.FixtureRequest,
+) -> None:
+    found = reports[request.node.name].result()
+    assert len(found) == (4 if dtype == torch.bfloat16 else 2)
+    _check(found, arch, TENSOR_CORES[arch])
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
@@ -202,6 +225,8 @@ def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
     if test == "test_smooth_chamfer":
         sizes = (1024, 256) if (p["dtype"], arch) == (torch.bfloat16, 90) else (1024,)
         builds = [b for D in sizes for b in smooth_chamfer.configs(p["K"], p["L"], D, p["dtype"], arch, p["masked"])]
+    elif test == "test_few_scores":
+        builds = list(triton_light.configs(p["K"], p["L"], 1024, p["dtype"], arch))
     elif test == "test_tiles_of_losses":
         builds = triton_tiles.configs()
     elif test == "test_listed_pairs":

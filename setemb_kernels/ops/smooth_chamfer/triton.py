@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _device
+from setemb_kernels.ops.smooth_chamfer import triton_light
 from setemb_kernels.ops.smooth_chamfer import triton_packing as packing
 from setemb_kernels.ops.smooth_chamfer.triton_config import configs
 from setemb_kernels.ops.smooth_chamfer.triton_plan import Operands, Plan, plan_of
@@ -72,6 +73,9 @@ def forward(
         return x.new_zeros(N, M, dtype=dtype)
     with torch.cuda.device_of(x):
         sharpness = _sharpness(alpha)
+        light = triton_light.forward(x, y, sharpness, x_mask, y_mask, dtype)
+        if light is not None:
+            return light
         plan = plan_of(x, y, x_mask, y_mask, isinstance(sharpness, Tensor), out=dtype)
         operands = plan.pack(x, y, x_mask, y_mask)
         out = x.new_empty(N, M, dtype=dtype)
@@ -106,6 +110,11 @@ def backward(
     `WORKSPACE_BYTES`, and, if both x and y need a gradient, one of the two (the smaller) in float32.
     """
     (N, K), (M, L) = x.shape[:2], y.shape[:2]
+    if not need_alpha and (need_x or need_y):
+        with torch.cuda.device_of(x):
+            light = triton_light.backward(grad, x, y, _sharpness(alpha), x_mask, y_mask, need_x, need_y)
+        if light is not None:
+            return *light, x.new_empty(0)
     if need_y and (not need_x or M * L > N * K):  # s(X, Y) = s(Y, X), and the side of x needs the smaller accumulator
         grad_y, grad_x, grad_alpha = backward(grad.T, y, x, alpha, y_mask, x_mask, need_y, need_x, need_alpha)
         return grad_x, grad_y, grad_alpha

@@ -44,11 +44,14 @@ LARGEST_PAIRED = 256
 """Features up to which W is made by two programs a multiprocessor on sm_90, of which one multiplies while the other
 takes exponentials and writes. On an H100, N = M = 8192, K = L = 4: 1.92 ms for 2.31 with 128 features, but with 1024
 4.9 to 5.4 for 4.2 to 5.0, as half a tile reads more for each product. The forward kernel, which writes little: 1.2
-times the plain product for 1.2 to 1.45 with 1024 features, 1.6 for 1.7 with 128. Masks would take it over its registers."""
+times the plain product for 1.2 to 1.45 with 1024 features, 1.6 for 1.7 with 128. With masks W would need more
+registers."""
 
 LARGEST_LIGHT = 1 << 24
-"""So many scores take less time than the launch of a kernel that leaves them to the other variant: the one for any
-scores alone is launched."""
+"""Up to so many scores nothing is packed; see `triton_light`."""
+
+LARGEST_ALONE = 1 << 20
+"""Up to so many, where they are, the variant for any scores is launched alone: both together take a second launch."""
 
 GRADIENT_BLOCK = (16, 512)
 """What a program looks through for the largest upstream gradient."""
@@ -129,6 +132,11 @@ def block(slots: int, features: int, sets: int) -> dict[str, int]:
     """What one program packs or unpacks at a time: about 4096 numbers, of as many sets as divide `sets`."""
     size = min(_triton.next_power_of_two(features), max(16, 4096 // slots))
     return {"SETS": math.gcd(max(1, 4096 // (slots * size)), sets), "BLOCK": size}
+
+
+def largest_exponent(features: int) -> int:
+    """Of packed numbers, so that no dot product of so many overflows."""
+    return (124 - math.ceil(math.log2(features))) // 2
 
 
 def group(slots: int) -> int:

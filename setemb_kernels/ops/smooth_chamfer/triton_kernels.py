@@ -26,7 +26,7 @@ from setemb_kernels.ops.smooth_chamfer.triton_packing import (
 _LOG2_E = tl.constexpr(1 / math.log(2))
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 _FLOAT32_SMALLEST = tl.constexpr(1.1754943508222875e-38)
-_UNSHIFTED = tl.constexpr(
+UNSHIFTED = tl.constexpr(
     56.0
 )  # 2^-56 <= exp(alpha c) <= 2^56 needs no shift: sums and their inverses are normal numbers
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -36,7 +36,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _saturate(v, LIMIT: tl.constexpr):
+def saturate(v, LIMIT: tl.constexpr):
     """v within [-LIMIT, LIMIT]; NaN stays."""
     v = tl.where(v > LIMIT, LIMIT, v)
     return tl.where(v < -LIMIT, -LIMIT, v)
@@ -84,7 +84,7 @@ def _sum_of_log2(v, axis: tl.constexpr):
 
 
 @triton.jit
-def _sharpness(alpha, ALPHA_ON_DEVICE: tl.constexpr):
+def sharpness(alpha, ALPHA_ON_DEVICE: tl.constexpr):
     """alpha log2(e) and its inverse, both within the range of float32."""
     if ALPHA_ON_DEVICE:
         alpha = tl.load(alpha).to(tl.float32)
@@ -144,7 +144,7 @@ def _tiles_served(tiles, scale, stats, SHIFTED: tl.constexpr, ALONE: tl.constexp
     """All tiles, or none where it is for the other variant of a kernel to serve; the unshifted one serves where
     |alpha c| is bounded."""
     if not ALONE:
-        bounded = scale * tl.load(stats + X_LONGEST) * tl.load(stats + Y_LONGEST) <= _UNSHIFTED  # false for NaN
+        bounded = scale * tl.load(stats + X_LONGEST) * tl.load(stats + Y_LONGEST) <= UNSHIFTED  # false for NaN
         tiles = tl.where(bounded != SHIFTED, tiles, 0)
     return tiles
 
@@ -184,7 +184,7 @@ def _stats(stats, n, m, x_sets, y_sets):
 
 
 @triton.jit
-def _pair_scale(scale, x_exponent, y_exponent):
+def pair_scale(scale, x_exponent, y_exponent):
     """The scale of the scores of each pair, for `_shifted`: ``[block, 1, group, 1, m]``."""
     scale = tl.minimum(scale * power_of_two(x_exponent) * power_of_two(y_exponent), _FLOAT32_MAX)
     return scale[:, None, :, None, :]
@@ -202,7 +202,7 @@ def _shifted(c, axis: tl.constexpr, scale):
 
 
 @triton.jit
-def _similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED: tl.constexpr):
+def similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED: tl.constexpr):
     """``s [block, group, m]`` of bounded scores ``c [block, k, group, l, m]``: one exp for both sums."""
     e = tl.exp2(c * scale)
     by_row = tl.sum(e, 3)
@@ -214,10 +214,10 @@ def _similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED: tl.cons
 
 
 @triton.jit
-def _similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse):
+def similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse):
     """The same for any finite scores, shifted by the maximum of each row and of each column, and with exponents."""
     pairs: tl.constexpr = (c.shape[0], c.shape[2], c.shape[4])
-    unit = _pair_scale(scale, x_exponent, y_exponent)
+    unit = pair_scale(scale, x_exponent, y_exponent)
     _, _, total, top = _shifted(c, 3, unit)  # [block, k, group, 1, m]
     s = tl.reshape(tl.sum(top * x_weight[:, None, :, None, :], 1), pairs)
     log = tl.reshape(_sum_of_log2(total, 1), pairs) * x_weight
@@ -243,10 +243,10 @@ def _store_similarity(
     n, m = _sets(i, j, BLOCKS, GROUP, Y_SETS)
     x_weight, x_exponent, y_weight, y_exponent = _stats(stats, n, m, x_sets, y_sets)
     if SHIFTED:
-        s = _similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse)
+        s = similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse)
     else:
-        s = _similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED)
-    s = tl.where((x_weight != 0) & (y_weight != 0), _saturate(s, LIMIT), 0.0)  # 0 next to an empty set; NaN stays
+        s = similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED)
+    s = tl.where((x_weight != 0) & (y_weight != 0), saturate(s, LIMIT), 0.0)  # 0 next to an empty set; NaN stays
     tl.store(out + n.to(tl.int64) * M + m, s.to(out.dtype.element_ty), mask=(n < N) & (m < M))
 
 
@@ -265,7 +265,7 @@ def forward_kernel(
     LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Persistent: a program takes tiles in turn, and fetches operands of the next one while it sums up the last."""
-    scale, inverse = _sharpness(alpha, ALPHA_ON_DEVICE)
+    scale, inverse = sharpness(alpha, ALPHA_ON_DEVICE)
     tiles = _tiles_served(row_tiles * column_tiles, scale, stats, SHIFTED, ALONE)
     tl.assume(features > 0)  # else the compiler makes a second epilogue for tiles without products
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -288,7 +288,7 @@ def forward_kernel(
 
 
 @triton.jit
-def _weights_unshifted(c, gx, gy, scale, MASKED: tl.constexpr):
+def weights_unshifted(c, gx, gy, scale, MASKED: tl.constexpr):
     """``W = p gx + q gy`` of bounded scores; gx, gy ``[block, group, m]``: upstream gradient times weight."""
     e = tl.exp2(c * scale)
     by_row = tl.sum(e, 3, keep_dims=True)
@@ -300,7 +300,7 @@ def _weights_unshifted(c, gx, gy, scale, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _weights_shifted(c, gx, gy, unit):
+def weights_shifted(c, gx, gy, unit):
     """The same for any finite scores."""
     _, e, total, _ = _shifted(c, 3, unit)
     w = e * (gx[:, None, :, None, :] / total)
@@ -339,17 +339,17 @@ def _store_weights(
     exists = (n < N) & (m < M) & (x_weight != 0) & (y_weight != 0)
     g = tl.load(grad + n.to(tl.int64) * stride_n + m.to(tl.int64) * stride_m, mask=exists, other=0).to(tl.float32)
     if SHIFTED:
-        unit = _pair_scale(scale, x_exponent, y_exponent)
+        unit = pair_scale(scale, x_exponent, y_exponent)
         if NEED_ALPHA:
             entropy = x_weight * _entropy(c, unit, 3) + y_weight * _entropy(c, unit, 1)
             part = tl.where(exists, ldexp(g, -exponent) * entropy, 0.0)
             tl.store(alpha_part, tl.sum(tl.reshape(part, (part.numel,)), 0))
         if NEED_CHUNK:
             g = ldexp(g, exponent_of_chunk + x_exponent + y_exponent)
-            w = _weights_shifted(c, g * x_weight, g * y_weight, unit)
+            w = weights_shifted(c, g * x_weight, g * y_weight, unit)
     else:
         g = ldexp(g, exponent_of_chunk)
-        w = _weights_unshifted(c, g * x_weight, g * y_weight, scale, MASKED)
+        w = weights_unshifted(c, g * x_weight, g * y_weight, scale, MASKED)
     if NEED_CHUNK:
         w = tl.reshape(w, (ROWS, COLUMNS))
         if BULK:
@@ -373,7 +373,7 @@ def weights_kernel(
     NEED_CHUNK: tl.constexpr, NEED_ALPHA: tl.constexpr,
 ):  # fmt: skip
     """One chunk of W, scaled so that |W| <= 2^WEIGHT_EXPONENT, and sums over its parts for the gradient of alpha."""
-    scale, _ = _sharpness(alpha, ALPHA_ON_DEVICE)
+    scale, _ = sharpness(alpha, ALPHA_ON_DEVICE)
     exponent = gradient_exponent(stats)
     exponent_of_chunk = chunk_exponent(stats)
     tiles = _tiles_served(row_tiles * column_tiles, scale, stats, SHIFTED, ALONE)

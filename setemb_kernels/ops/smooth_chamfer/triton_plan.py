@@ -61,7 +61,7 @@ def plan_of(
         x.shape, x.stride(), y.shape, y.stride(), x.dtype, x.device, _device.processors(x),
         None if x_mask is None else x_mask.stride(), None if y_mask is None else y_mask.stride(), alpha_on_device, out,
         None if grad is None else (grad.stride(), grad.dtype), need_alpha, need_chunk,
-        sizes.LARGEST_LIGHT,
+        sizes.LARGEST_ALONE,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class Plan:
         grad: tuple[Strides, torch.dtype] | None,
         need_alpha: bool,
         need_chunk: bool,
-        largest_light: int,
+        largest_alone: int,
     ) -> None:
         (self.N, K, self.D), (self.M, L, _) = x_shape, y_shape
         larger, smaller = sizes.MAX_VECTORS
@@ -95,7 +95,7 @@ class Plan:
         """Whether scores are made by a plain product."""
         x_slots, y_slots = _triton.next_power_of_two(K), _triton.next_power_of_two(L)
         self.masked = x_mask is not None or y_mask is not None or (x_slots, y_slots) != (K, L)
-        alone = need_alpha or largest_light >= self.N * K * self.M * L
+        alone = need_alpha or largest_alone >= self.N * K * self.M * L
         self.variants = sizes.variants(
             K, L, self.D, dtype, arch, masked=self.masked, backward=grad is not None, alone=alone
         )
@@ -146,7 +146,7 @@ class Plan:
                 x_programs, y_programs, self.N, K, self.M, L, self.D, self.features, self.x.sets, self.y.sets,
                 *x_strides, *y_strides, *self.mask_strides, rows, columns, *strides,
             ),
-            **self.layout, LARGEST_EXPONENT=_largest_exponent(self.features), NEED_PEAKS=self.need_peaks,
+            **self.layout, LARGEST_EXPONENT=sizes.largest_exponent(self.features), NEED_PEAKS=self.need_peaks,
             GRAD_ROWS=sizes.GRADIENT_BLOCK[0], GRAD_COLUMNS=sizes.GRADIENT_BLOCK[1], enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -184,7 +184,7 @@ class Plan:
         for config, launch in self._of(kernels.weights_kernel, x, y):
             target: Any = chunk
             if chunk is not None and config.bulk:
-                target = _triton.descriptor(chunk, (config.rows, config.part))
+                target = _triton.descriptor(chunk, chunk.shape, (config.rows, config.part))
             rows = self._rows(a, config)
             launch(*rows, scores, a.x_valid, a.y_valid, a.stats, grad, target, alpha_parts, alpha)
 
@@ -216,8 +216,8 @@ class Plan:
             return None, None
         if not config.bulk:
             return a.x, a.y
-        x = _triton.descriptor(a.x, (config.rows, config.block_d))
-        return x, _triton.descriptor(a.y, (config.columns, config.block_d))
+        x = _triton.descriptor(a.x, a.x.shape, (config.rows, config.block_d))
+        return x, _triton.descriptor(a.y, a.y.shape, (config.columns, config.block_d))
 
     def unpack(
         self,
@@ -254,8 +254,3 @@ def _place(count: int, slots: int, group: int, rows: int, features: int) -> Plac
     """For so many sets, padded to whole tiles of `rows` rows."""
     sets = _triton.cdiv(count * slots, rows) * rows // slots
     return Place(sets, slots, group, sizes.block(slots, features, sets))
-
-
-def _largest_exponent(features: int) -> int:
-    """Of packed numbers, so that no dot product of so many overflows."""
-    return (124 - math.ceil(math.log2(features))) // 2

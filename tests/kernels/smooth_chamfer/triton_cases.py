@@ -16,7 +16,7 @@ import triton.language as tl  # noqa: E402
 
 from setemb_kernels import _device  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
-from setemb_kernels.ops.smooth_chamfer import triton_config, triton_kernels  # noqa: E402
+from setemb_kernels.ops.smooth_chamfer import triton_config, triton_kernels, triton_light  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
 from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, check_wide, reference_results  # noqa: E402
 
@@ -30,6 +30,7 @@ NAMED = {case.name: case for case in CASES}
 def both_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of calls of more scores than of any case here."""
     monkeypatch.setattr(triton_config, "LARGEST_LIGHT", 0)
+    monkeypatch.setattr(triton_config, "LARGEST_ALONE", 0)
 
 
 def run(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,14 +53,21 @@ def test_16_bit_in_float32_out(name: str, dtype: torch.dtype) -> None:
     check_wide(wide, NAMED[name], dtype, DEVICE)
 
 
-@pytest.mark.parametrize("largest_light", [0, 1 << 24])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", ["larger than a tile", "empty sets among others", "overflowing products", "D 1031"])
+@pytest.mark.parametrize("largest_alone", [0, 1 << 24])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in ("larger than a tile", "empty sets among others", "overflowing products", "D 1031")
+        for dtype in (torch.float32, torch.float16)
+        if NAMED[name] in cases(dtype)
+    ],
+)
 def test_without_gradient_of_alpha(
-    name: str, dtype: torch.dtype, largest_light: int, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, largest_alone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where alpha needs none, W may come from the kernel that does not shift; of few scores from the other."""
-    monkeypatch.setattr(triton_config, "LARGEST_LIGHT", largest_light)
+    monkeypatch.setattr(triton_config, "LARGEST_ALONE", largest_alone)
 
     def without(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         arguments = (i.x, i.y, i.alpha, i.x_mask, i.y_mask)
@@ -68,6 +76,57 @@ def test_without_gradient_of_alpha(
         return backend.forward(*arguments), grad_x, grad_y, reference_results(i)[3]
 
     check(without, NAMED[name], dtype, DEVICE)
+
+
+LIGHT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+LIGHT = [
+    case.name
+    for case in cases(LIGHT_DTYPE)
+    if triton_light.serves(case.N, case.K, case.M, case.L, case.D, torch.bfloat16, 90, backward=True)
+    and not (case.x_mask or case.y_mask or case.layout)
+]
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of calls of few scores."""
+    monkeypatch.setattr(triton_config, "LARGEST_LIGHT", 1 << 24)
+    if DEVICE == "cpu":  # numpy has no bfloat16
+        monkeypatch.setattr(triton_light, "TYPES", {False: (torch.float16, torch.float32), True: (torch.float32,)})
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("name", LIGHT)
+def test_few_scores(name: str) -> None:
+    """Unpacked, by kernels of their own."""
+
+    def unpacked(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        arguments = (i.x, i.y, float(i.alpha), i.x_mask, i.y_mask)
+        s = triton_light.forward(*arguments, i.x.dtype)
+        gradients = triton_light.backward(i.grad, *arguments, True, True)
+        assert s is not None and gradients is not None
+        whole = (i.x, i.y, i.alpha, i.x_mask, i.y_mask)
+        assert torch.equal(backend.forward(*whole), s)
+        for got, expected in zip(backend.backward(i.grad, *whole, True, True, False), gradients, strict=False):
+            assert torch.equal(got, expected)
+        return s, *gradients, reference_results(i)[3]
+
+    check(unpacked, NAMED[name], LIGHT_DTYPE, DEVICE)
+
+
+@pytest.mark.usefixtures("light")
+def test_nan_stays_with_its_set_of_few() -> None:
+    i = NAMED["K 8 L 8"].build(LIGHT_DTYPE, DEVICE)
+    arguments = (i.y, float(i.alpha), None, None)
+    clean = triton_light.forward(i.x, *arguments, i.x.dtype)
+    assert clean is not None
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = i.x.clone()
+        x[3, 1, 5] = value
+        s = triton_light.forward(x, *arguments, i.x.dtype)
+        assert s is not None and s[3].isnan().all()
+        others = torch.arange(len(s)) != 3
+        torch.testing.assert_close(s[others], clean[others])
 
 
 @pytest.mark.parametrize("name", ["larger than a tile", "sliced", "K 16 L 3"])
