@@ -150,6 +150,20 @@ def _tiles_served(tiles, scale, stats, SHIFTED: tl.constexpr, ALONE: tl.constexp
 
 
 @triton.jit
+def largest(c):
+    """|c| at most, infinite for NaN."""
+    size = tl.where(c == c, tl.abs(c), float("inf"))
+    return tl.max(tl.max(size, 1), 0)
+
+
+@triton.jit
+def _is_bounded(peak, x_exponent, y_exponent, scale):
+    """Whether scores of at most `peak` need no shift: alike for a tile or for a part of one."""
+    exponents = tl.max(tl.ravel(x_exponent), 0) + tl.max(tl.ravel(y_exponent), 0)
+    return (peak * scale <= UNSHIFTED) & (exponents == 0)
+
+
+@triton.jit
 def _without_invalid(c, x_valid, y_valid):
     """Scores with -inf where one of the two vectors is masked or does not exist."""
     row_valid = tl.load(x_valid + tl.arange(0, c.shape[0])) != 0
@@ -232,17 +246,25 @@ def similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inv
 def _store_similarity(
     c, i, j, x_valid, y_valid, stats, out, scale, inverse, N, M, x_sets, y_sets,
     K: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
-    SHIFTED: tl.constexpr, MASKED: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFTED: tl.constexpr, LOOK: tl.constexpr, MASKED: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """The similarities of one part, from scores c to memory. Part (i, j) starts at row i * ROWS, column j * PART."""
+    """The similarities of one part, from scores c to memory. Part (i, j) starts at row i * ROWS, column j * PART.
+    LOOK: shift only if these scores ask for it."""
     BLOCKS: tl.constexpr = c.shape[0] // (K * GROUP)
     Y_SETS: tl.constexpr = c.shape[1] // L
+    if LOOK:
+        peak = largest(c)
     if MASKED:
         c = _without_invalid(c, x_valid + i * c.shape[0], y_valid + j * c.shape[1])
     c = tl.reshape(c, (BLOCKS, K, GROUP, L, Y_SETS))
     n, m = _sets(i, j, BLOCKS, GROUP, Y_SETS)
     x_weight, x_exponent, y_weight, y_exponent = _stats(stats, n, m, x_sets, y_sets)
-    if SHIFTED:
+    if LOOK:
+        if _is_bounded(peak, x_exponent, y_exponent, scale):
+            s = similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED)
+        else:
+            s = similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse)
+    elif SHIFTED:
         s = similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse)
     else:
         s = similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED)
@@ -280,7 +302,7 @@ def forward_kernel(
         for p in tl.static_range(COLUMNS // PART):
             _store_similarity(
                 parts[p], i, j * (COLUMNS // PART) + p, x_valid, y_valid, stats, out,
-                scale, inverse, N, M, x_sets, y_sets, K, L, GROUP, SHIFTED, MASKED, LIMIT,
+                scale, inverse, N, M, x_sets, y_sets, K, L, GROUP, SHIFTED, scores is not None, MASKED, LIMIT,
             )  # fmt: skip
 
 
@@ -323,14 +345,16 @@ def _store_weights(
     c, i, j, chunk_i, chunk_j, x_valid, y_valid, stats, grad, exponent, exponent_of_chunk, chunk, chunk_columns,
     alpha_part, scale, N, M, x_sets, y_sets, stride_n, stride_m,
     K: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
-    BULK: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr, NEED_CHUNK: tl.constexpr,
+    BULK: tl.constexpr, SHIFTED: tl.constexpr, LOOK: tl.constexpr, MASKED: tl.constexpr, NEED_CHUNK: tl.constexpr,
     NEED_ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """W of one part, from scores c to the chunk."""
+    """W of one part, from scores c to the chunk. LOOK: shift only if these scores ask for it."""
     ROWS: tl.constexpr = c.shape[0]
     COLUMNS: tl.constexpr = c.shape[1]
     BLOCKS: tl.constexpr = ROWS // (K * GROUP)
     Y_SETS: tl.constexpr = COLUMNS // L
+    if LOOK:
+        peak = largest(c)
     if MASKED:
         c = _without_invalid(c, x_valid + i * ROWS, y_valid + j * COLUMNS)
     c = tl.reshape(c, (BLOCKS, K, GROUP, L, Y_SETS))
@@ -346,7 +370,13 @@ def _store_weights(
             tl.store(alpha_part, tl.sum(tl.reshape(part, (part.numel,)), 0))
         if NEED_CHUNK:
             g = ldexp(g, exponent_of_chunk + x_exponent + y_exponent)
-            w = weights_shifted(c, g * x_weight, g * y_weight, unit)
+            if LOOK:
+                if _is_bounded(peak, x_exponent, y_exponent, scale):
+                    w = weights_unshifted(c, g * x_weight, g * y_weight, scale, MASKED)
+                else:
+                    w = weights_shifted(c, g * x_weight, g * y_weight, unit)
+            else:
+                w = weights_shifted(c, g * x_weight, g * y_weight, unit)
     else:
         g = ldexp(g, exponent_of_chunk)
         w = weights_unshifted(c, g * x_weight, g * y_weight, scale, MASKED)
@@ -396,5 +426,5 @@ def weights_kernel(
             _store_weights(
                 parts[p], i, part_j, chunk_i, chunk_j * (COLUMNS // PART) + p, x_valid, y_valid, stats, grad,
                 exponent, exponent_of_chunk, chunk, column_tiles * COLUMNS, alpha_part, scale, N, M, x_sets, y_sets,
-                stride_n, stride_m, K, L, GROUP, BULK, SHIFTED, MASKED, NEED_CHUNK, NEED_ALPHA,
+                stride_n, stride_m, K, L, GROUP, BULK, SHIFTED, scores is not None, MASKED, NEED_CHUNK, NEED_ALPHA,
             )  # fmt: skip

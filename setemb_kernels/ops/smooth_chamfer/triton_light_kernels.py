@@ -12,6 +12,7 @@ import triton.language as tl
 
 from setemb_kernels.ops.smooth_chamfer.triton_kernels import (
     UNSHIFTED,
+    largest,
     pair_scale,
     saturate,
     sharpness,
@@ -29,11 +30,11 @@ WEIGHT_EXPONENT = tl.constexpr(-12)  # W holds 2^-12 of itself: no sum over 2^12
 def _exponents(v, first, features, LARGEST_EXPONENT: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
                BLOCK_D: tl.constexpr):  # fmt: skip
     """For each row e >= 0, of its set, so that its vectors over 2^e have no dot product out of range."""
-    largest = tl.zeros((ROWS,), tl.float32)
+    peak = tl.zeros((ROWS,), tl.float32)
     for d in range(0, features, BLOCK_D):
-        largest = tl.maximum(largest, tl.max(tl.abs(v.load([first, d]).to(tl.float32)), 1))
-    largest = tl.max(tl.reshape(largest, (ROWS // SLOTS, SLOTS)), 1, keep_dims=True)
-    bits = largest.to(tl.int32, bitcast=True)
+        peak = tl.maximum(peak, tl.max(tl.abs(v.load([first, d]).to(tl.float32)), 1))
+    peak = tl.max(tl.reshape(peak, (ROWS // SLOTS, SLOTS)), 1, keep_dims=True)
+    bits = peak.to(tl.int32, bitcast=True)
     e = tl.maximum((bits >> 23) - 126 - LARGEST_EXPONENT, 0)
     return tl.reshape(tl.broadcast_to(e, (ROWS // SLOTS, SLOTS)), (ROWS,))
 
@@ -57,21 +58,14 @@ def _scores(
 
 
 @triton.jit
-def _largest(c):
-    """|c| at most, infinite for NaN."""
-    size = tl.where(c == c, tl.abs(c), float("inf"))
-    return tl.max(tl.max(size, 1), 0)
-
-
-@triton.jit
 def _rescaled(
-    c, x, y, row, column, features, largest, K: tl.constexpr, L: tl.constexpr,
+    c, x, y, row, column, features, peak, K: tl.constexpr, L: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, LARGEST_EXPONENT: tl.constexpr,
 ):  # fmt: skip
     """Scores in range, and the exponents of rows and columns; scores of vectors that are not finite are NaN."""
     x_exponent = tl.zeros((ROWS,), tl.int32)
     y_exponent = tl.zeros((COLUMNS,), tl.int32)
-    if largest == float("inf"):
+    if peak == float("inf"):
         x_exponent = _exponents(x, row, features, LARGEST_EXPONENT, K, ROWS, BLOCK_D)
         y_exponent = _exponents(y, column, features, LARGEST_EXPONENT, L, COLUMNS, BLOCK_D)
         c = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -117,13 +111,13 @@ def light_forward_kernel(
     exists = (n < N) & (m < M)
     x_weight = tl.full((X_SETS, 1, 1), 0.5 / K, tl.float32)
     y_weight = tl.full((1, 1, Y_SETS), 0.5 / L, tl.float32)
-    largest = _largest(c)
-    if largest * scale <= UNSHIFTED:
+    peak = largest(c)
+    if peak * scale <= UNSHIFTED:
         s = similarity_unshifted(_axes(c, K, L), x_weight, y_weight, scale, inverse, False)
         tl.store(target, saturate(s, LIMIT).to(out.dtype.element_ty), mask=exists)
     else:
         c, x_exponent, y_exponent = _rescaled(
-            c, x, y, i * ROWS, j * COLUMNS, features, largest, K, L, ROWS, COLUMNS, BLOCK_D, LARGEST_EXPONENT
+            c, x, y, i * ROWS, j * COLUMNS, features, peak, K, L, ROWS, COLUMNS, BLOCK_D, LARGEST_EXPONENT
         )
         x_exponent, y_exponent = _of_sets(x_exponent, y_exponent, K, L)
         s = similarity_shifted(_axes(c, K, L), x_weight, y_weight, x_exponent, y_exponent, scale, inverse)
@@ -150,14 +144,14 @@ def light_weights_kernel(
     source = grad + n.to(tl.int64) * stride_n + m.to(tl.int64) * stride_m
     g = tl.load(source, mask=(n < N) & (m < M), other=0).to(tl.float32) * power_of_two(WEIGHT_EXPONENT)
     c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D)
-    largest = _largest(c)
-    if largest * scale <= UNSHIFTED:
+    peak = largest(c)
+    if peak * scale <= UNSHIFTED:
         w = weights_unshifted(_axes(c, K, L), g * (0.5 / K), g * (0.5 / L), scale, False)
         w = tl.reshape(tl.permute(w, (0, 1, 2, 4, 3)), (ROWS, COLUMNS))
         weights.store([i * ROWS, j * COLUMNS], w.to(weights.dtype))
     else:
         c, x_exponent, y_exponent = _rescaled(
-            c, x, y, i * ROWS, j * COLUMNS, features, largest, K, L, ROWS, COLUMNS, BLOCK_D, LARGEST_EXPONENT
+            c, x, y, i * ROWS, j * COLUMNS, features, peak, K, L, ROWS, COLUMNS, BLOCK_D, LARGEST_EXPONENT
         )
         x_exponent, y_exponent = _of_sets(x_exponent, y_exponent, K, L)
         unit = pair_scale(scale, x_exponent, y_exponent)
