@@ -85,7 +85,7 @@ def variants(
     if 90 <= arch < 100 and plain.rows == plain.part == 128 and (not backward or (D <= LARGEST_PAIRED and not masked)):
         plain = plain._replace(columns=128, num_warps=4, programs=2, num_stages=3)
         if backward:  # beside what a tile of W passes through on its way to memory
-            plain = plain._replace(block_d=32, num_stages=4)
+            plain, shifted = plain._replace(part=64, block_d=32, num_stages=4), shifted._replace(part=64)
     return [(False, plain), (True, shifted)]
 
 

@@ -404,6 +404,7 @@ def weights_kernel(
 ):  # fmt: skip
     """One chunk of W, scaled so that |W| <= 2^WEIGHT_EXPONENT, and sums over its parts for the gradient of alpha."""
     scale, _ = sharpness(alpha, ALPHA_ON_DEVICE)
+    LOOK: tl.constexpr = (scores is not None) and not NEED_ALPHA  # that of alpha takes shifted ones
     exponent = gradient_exponent(stats)
     exponent_of_chunk = chunk_exponent(stats)
     tiles = _tiles_served(row_tiles * column_tiles, scale, stats, SHIFTED, ALONE)
@@ -426,5 +427,5 @@ def weights_kernel(
             _store_weights(
                 parts[p], i, part_j, chunk_i, chunk_j * (COLUMNS // PART) + p, x_valid, y_valid, stats, grad,
                 exponent, exponent_of_chunk, chunk, column_tiles * COLUMNS, alpha_part, scale, N, M, x_sets, y_sets,
-                stride_n, stride_m, K, L, GROUP, BULK, SHIFTED, scores is not None, MASKED, NEED_CHUNK, NEED_ALPHA,
+                stride_n, stride_m, K, L, GROUP, BULK, SHIFTED, LOOK, MASKED, NEED_CHUNK, NEED_ALPHA,
             )  # fmt: skip
