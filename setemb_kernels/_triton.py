@@ -58,7 +58,7 @@ def _kind(v: Any) -> Any:
     return kind(v)
 
 
-def launch(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, ...], **constants: Any) -> None:
+def launch(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, ...], **constants: Any) -> Any:
     """``kernel[programs](*arguments, **constants)``, looked up by us.
 
     For each call Triton binds and classifies all arguments anew, which costs the host more than the launch itself.
@@ -68,19 +68,23 @@ def launch(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, .
         programs: how many, in one axis or two.
         arguments: tensors, numbers, None and descriptors, in order: all that are not constexpr.
         constants: constexpr arguments and options of the compiler.
+
+    Returns:
+        What was compiled, and the constants in order; None where the kernel is interpreted.
     """
     grid = _grid(programs)
     if not isinstance(kernel, triton.JITFunction):  # interpreted
         kernel[grid](*arguments, **constants)
-        return
+        return None
     key = _key(kernel, arguments, constants)
     found = _COMPILED.get(key)
     if found is None:
         compiled = kernel[grid](*arguments, **constants)
-        _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-        return
+        found = _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        return found
     compiled, rest = found
     compiled[grid](*arguments, *rest)
+    return found
 
 
 LAYOUTS = 512
@@ -115,10 +119,9 @@ class Launch:
             run, rest = found
             run(*arguments, *rest)
             return
-        every = (*arguments, *self.numbers)
-        launch(self.kernel, self.programs, every, **self.constants)
-        if isinstance(self.kernel, triton.JITFunction):
-            compiled, rest = _COMPILED[_key(self.kernel, every, self.constants)]
+        launched = launch(self.kernel, self.programs, (*arguments, *self.numbers), **self.constants)
+        if launched is not None:
+            compiled, rest = launched
             self._runs[places] = compiled[_grid(self.programs)], (*self.numbers, *rest)
 
 

@@ -89,8 +89,11 @@ def define_loss(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:], *inputs[:own])
         ctx.options = inputs[own:]
+        ctx.set_materialize_grads(False)  # those of the states are nothing, and need not be filled with zeros
 
-    def autograd(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (own + len(ctx.options))
         needs = ctx.needs_input_grad
         found = getattr(ops, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.options, *needs[:4])
         first = [g if need else None for g, need in zip(found[:4], needs, strict=False)]

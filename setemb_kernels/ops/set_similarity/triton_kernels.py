@@ -1,4 +1,5 @@
-"""The Triton kernels of set similarities. `triton` beside this file launches them and says how they fit together.
+"""The Triton kernels that reduce scores of set similarities. `triton` beside this file says how all fit together;
+`triton_gradient_kernels` has the one that makes gradients.
 
 Names: pair (n, j) is set n of x with set m of y, which is j or ``candidates[n, j]``. Of a pair in one *direction*, `a`
 is the side whose vectors are the rows of the scores ``c``, `b` the side whose vectors are the columns, over which HOW
@@ -59,6 +60,13 @@ def _largest(v, axis: tl.constexpr):
     """The maximum over an axis; NaN stays."""
     is_nan = tl.max((v != v).to(tl.int32), axis) != 0
     return tl.where(is_nan, float("nan"), tl.max(v, axis))
+
+
+@triton.jit
+def _saturate(v, LIMIT: tl.constexpr):
+    """v within [-LIMIT, LIMIT]; NaN stays."""
+    v = tl.where(v > LIMIT, LIMIT, v)
+    return tl.where(v < -LIMIT, -LIMIT, v)
 
 
 @triton.jit
@@ -257,24 +265,25 @@ def _probabilities(
 # --- kernels
 
 
-@triton.jit(
-    do_not_specialize=["J", "first_n", "sets_n", "sets_j", "pairs", "splits"], do_not_specialize_on_alignment=["parts"]
-)
+@triton.jit(do_not_specialize=["J", "first_n", "sets_n", "sets_j", "pairs", "splits", "first_part", "all_parts"])
 def similarity_kernel(
     a, b,  # [rows, D], any strides
     a_offsets, b_offsets,  # [sets + 1] int64
     candidates,  # [N, J] int64 or None
     a_scale, b_scale,  # [rows] float32 or None
-    parts,  # [splits, N, J] float32
-    alpha, bias, factor, J, first_n, sets_n, sets_j, pairs, splits, D, a_stride, a_stride_d, b_stride, b_stride_d,
+    out,  # [N, J]
+    parts,  # [all_parts, N, J] float32
+    alpha, bias, factor, J, first_n, sets_n, sets_j, pairs, splits, first_part, all_parts, D,
+    a_stride, a_stride_d, b_stride, b_stride_d,
     SWAP: tl.constexpr, HOW: tl.constexpr, BEST: tl.constexpr, MEAN: tl.constexpr,
     ALPHA_ON_DEVICE: tl.constexpr, BIAS_ON_DEVICE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, BAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Similarity of one pair in one direction, of every splits-th block of rows. `a` are sets of x, or of y if SWAP.
 
-    With BEST the largest of all rows (of one split).
+    With BEST the largest of all rows (of one split). Where that is all of the similarity it goes to `out`, else to
+    `parts`: asked at run time, so that it makes no second kernel to compile.
     """
     program = tl.program_id(0)
     split = program % splits
@@ -313,15 +322,43 @@ def similarity_kernel(
                 s = _larger(s, _largest(tl.where(exists, top, float("-inf")), 0))
             else:
                 s += tl.sum(tl.where(exists, top, 0.0) * weight, 0)
-    tl.store(parts + split.to(tl.int64) * pairs + n * J + j, s)
+    if all_parts == 1:
+        s = _saturate(s, LIMIT)
+        if candidates is not None:
+            s = tl.where(m < 0, float("-inf"), s)
+        tl.store(out + n * J + j, s.to(out.dtype.element_ty))
+    else:
+        tl.store(parts + (first_part + split).to(tl.int64) * pairs + n * J + j, s)
+
+
+@triton.jit(do_not_specialize=["count", "all_parts"])
+def combine_kernel(
+    parts,  # [all_parts, count] float32
+    candidates,  # [count] or None: below 0 is no pair
+    out,  # [count]
+    count, all_parts,
+    BEST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of all parts, in order, or with BEST the largest; within LIMIT, unless None."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = i < count
+    s = tl.load(parts + i, mask=exists, other=0)
+    for part in range(1, all_parts):
+        v = tl.load(parts + tl.cast(part, tl.int64) * count + i, mask=exists, other=0)
+        s = _larger(s, v) if BEST else s + v
+    if LIMIT is not None:
+        s = _saturate(s, LIMIT)
+    if candidates is not None:
+        s = tl.where(tl.load(candidates + i, mask=exists, other=0) < 0, float("-inf"), s)
+    tl.store(out + i, s.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["A", "J", "first_n", "first_j", "sets_n", "sets_j", "splits", "plane", "grad_stride_n"])
 def state_kernel(
     a, b, a_offsets, b_offsets, candidates,  # as in similarity_kernel
     grad,  # [N, J], any strides
-    state,  # [pairs of a set of a in the window, A]: HARD int32, SOFT two planes of float32
-    sums,  # [1 or 2, pairs in the window, splits] float32
+    state,  # [pairs of a set of a in the window, A]: HARD int32, SOFT two planes of float32; None unless STORE
+    sums,  # [1 or 2, pairs in the window, splits] float32; None unless SUM
     alpha, bias, factor, A, J, first_n, first_j, sets_n, sets_j, splits, plane, D,
     a_stride, a_stride_d, b_stride, b_stride_d, grad_stride_n, grad_stride_j,
     SWAP: tl.constexpr, HOW: tl.constexpr, BEST: tl.constexpr, MEAN: tl.constexpr,
@@ -343,7 +380,8 @@ def state_kernel(
         shift = _number(bias, BIAS_ON_DEVICE)
     elif HOW == SOFT:
         scale, _ = _sharpness(alpha, ALPHA_ON_DEVICE)
-    target = state + (n - first_n if SWAP else j - first_j) * A
+    if STORE:
+        target = state + (n - first_n if SWAP else j - first_j) * A
     first_sum = 0.0
     second_sum = 0.0
     best = float("-inf")
@@ -394,140 +432,3 @@ def state_kernel(
         tl.store(sums + program, tl.where(a_count > 0, g * first_sum, 0.0))
         if HOW == SIGMOID:
             tl.store(sums + tl.num_programs(0) + program, tl.where(a_count > 0, g * second_sum, 0.0))
-
-
-@triton.jit
-def _entry(t, owner, candidates, order, J, OWN_IS_X: tl.constexpr):
-    """What an owning set meets as number t: the pair (n, j) and the other set, -1 for none."""
-    t += tl.full((), 0, tl.int64)
-    if order is not None and not OWN_IS_X:  # sets of x that have `owner` as a candidate
-        pair = tl.load(order + t)
-        n = pair // J
-        j = pair % J
-        other = n
-    elif OWN_IS_X:
-        n = owner
-        j = t
-        other = t
-        if candidates is not None:
-            other = tl.load(candidates + n * J + j)
-    else:
-        n = t
-        j = owner
-        other = t
-    return n, j, other
-
-
-@triton.jit(
-    do_not_specialize=[
-        "own_rows", "own_sets", "A", "J", "first_n", "first_j", "end_n", "end_j", "splits", "plane", "blocks",
-        "grad_stride_n",
-    ]
-)  # fmt: skip
-def gradient_kernel(
-    own, other,  # [rows, D], any strides
-    own_offsets, other_offsets,  # [sets + 1] int64
-    block_sets,  # [blocks] int64: the set of each block of own rows, `own_sets` beyond the last
-    block_ends,  # [own_sets] int64: blocks up to the last of each set
-    candidates, order, bounds,  # [N, J] or None; pairs by set of y, and from where to where
-    grad, state,  # as in state_kernel
-    out,  # [splits, own_rows, D]
-    alpha, bias, factor, own_rows, own_sets, A, J, first_n, first_j, end_n, end_j, splits, plane, blocks, D,
-    own_stride, own_stride_d, other_stride, other_stride_d, grad_stride_n, grad_stride_j,
-    OWN_IS_X: tl.constexpr, OWN_IS_A: tl.constexpr, HOW: tl.constexpr, MEAN: tl.constexpr,
-    ALPHA_ON_DEVICE: tl.constexpr, BIAS_ON_DEVICE: tl.constexpr, ADD: tl.constexpr, FACTOR: tl.constexpr,
-    OWN: tl.constexpr, OTHER: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``sum over pairs of g w Y`` of a block of rows of one set: FEATURES features, every splits-th pair of a window.
-
-    The window is sets first_n to end_n of x, and first_j to end_j of y or of the candidates. OWN_IS_A: the owned rows
-    are those that were reduced, else the columns. Weights are at most 1, and times FACTOR: 16 bits hold small ones.
-    """
-    program = tl.program_id(0)
-    block = program % blocks
-    rest = program // blocks
-    split = rest % splits
-    d = rest // splits * FEATURES + tl.arange(0, FEATURES)
-    owner = tl.load(block_sets + block)
-    is_owned = owner < own_sets
-    if OWN_IS_X:
-        is_owned = is_owned & (owner >= first_n) & (owner < end_n)
-        list_first = first_j
-        list_end = end_j
-    elif order is None:
-        is_owned = is_owned & (owner >= first_j) & (owner < end_j)
-        list_first = first_n
-        list_end = end_n
-    else:
-        list_first = tl.load(bounds + owner, mask=is_owned, other=0).to(tl.int32)
-        list_end = tl.load(bounds + owner + 1, mask=is_owned, other=0).to(tl.int32)
-    list_end = tl.where(is_owned, list_end, list_first)
-    before = tl.load(block_ends + owner - 1, mask=is_owned & (owner > 0), other=0)
-    begin = tl.load(own_offsets + owner, mask=is_owned, other=0)
-    count = (tl.load(own_offsets + owner + 1, mask=is_owned, other=0) - begin).to(tl.int32)
-    local = (block - before).to(tl.int32) * OWN + tl.arange(0, OWN)
-    exists = local < count
-    row = begin + local
-    if HOW == SIGMOID:
-        scale = _number(alpha, ALPHA_ON_DEVICE)
-        shift = _number(bias, BIAS_ON_DEVICE)
-        factor = factor * scale
-    elif HOW == SOFT:
-        scale, _ = _sharpness(alpha, ALPHA_ON_DEVICE)
-    first_tile = _tile(own, row, exists, 0, D, own_stride, own_stride_d, BLOCK_D)
-    sums = tl.zeros((OWN, FEATURES), tl.float32)
-    for t in range(list_first + split, list_end, splits):
-        n, j, other_set = _entry(t, owner, candidates, order, J, OWN_IS_X)
-        some = (n >= first_n) & (n < end_n) & (j >= first_j) & (j < end_j) & (other_set >= 0)
-        other_begin, other_count = _set(other_offsets, tl.maximum(other_set, 0))
-        some = some & (other_count > 0)
-        other_count = tl.where(some, other_count, 0)
-        g = tl.load(grad + n * grad_stride_n + j * grad_stride_j, mask=some, other=0).to(tl.float32)
-        if OWN_IS_A:
-            g *= _weight(count, tl.maximum(other_count, 1), factor, HOW, MEAN)
-        else:
-            g *= _weight(tl.maximum(other_count, 1), count, factor, HOW, MEAN)
-        source = state + (j - first_j if OWN_IS_X == OWN_IS_A else n - first_n) * A
-        has_state = local < tl.where(some, count, 0)
-        if HOW == HARD and OWN_IS_A:
-            index = tl.load(source + row, mask=has_state, other=NONE)
-            chosen = index != NONE
-            place = other + (other_begin + tl.maximum(index, 0))[:, None] * other_stride + d[None, :] * other_stride_d
-            v = tl.load(place, mask=chosen[:, None] & (d < D)[None, :], other=0).to(tl.float32)
-            sums += tl.where(chosen[:, None], g * v, 0.0)
-        else:
-            if HOW == SOFT and OWN_IS_A:
-                top = tl.load(source + row, mask=has_state, other=0)[:, None]
-                inverse = tl.div_rn(FACTOR, tl.load(source + plane + row, mask=has_state, other=1))[:, None]
-            for first in range(0, other_count, OTHER):
-                column = tl.arange(0, OTHER)
-                is_column = column < other_count - first
-                column = other_begin + first + column
-                if HOW == HARD:
-                    index = tl.load(source + column, mask=is_column, other=NONE)
-                    w = tl.where(local[:, None] == index[None, :], 1.0, 0.0)
-                else:
-                    c = _scores(
-                        first_tile, own, row, exists, other, column, is_column, D,
-                        own_stride, own_stride_d, other_stride, other_stride_d, None, None, BLOCK_D, WHOLE, PRECISION,
-                    )  # fmt: skip
-                    if HOW == SIGMOID:
-                        _, w = _sigmoid(c, scale, shift)
-                        w *= FACTOR
-                    else:
-                        if not OWN_IS_A:
-                            top = tl.load(source + column, mask=is_column, other=0)[None, :]
-                            inverse = tl.load(source + plane + column, mask=is_column, other=1)
-                            inverse = tl.div_rn(FACTOR, inverse)[None, :]
-                        w = tl.exp2(tl.minimum(c - top, 0.0) * scale) * inverse  # c may be rounded otherwise than top
-                    w = tl.where(exists[:, None] & is_column[None, :], w, 0.0)
-                place = other + column[:, None] * other_stride + d[None, :] * other_stride_d
-                v = tl.load(place, mask=is_column[:, None] & (d < D)[None, :], other=0)
-                part = tl.dot(w.to(v.dtype), v, input_precision=PRECISION)
-                sums += part * (g if HOW == HARD else g * (1 / FACTOR))
-    target = out + (split.to(tl.int64) * own_rows + row)[:, None] * D + d[None, :]
-    inside = exists[:, None] & (d < D)[None, :]
-    if ADD:
-        sums += tl.load(target, mask=inside, other=0)
-    tl.store(target, sums.to(out.dtype.element_ty), mask=inside)

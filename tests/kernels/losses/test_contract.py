@@ -101,6 +101,15 @@ def test_second_derivative_raises() -> None:
         gradient.sum().backward()
 
 
+def test_states_have_no_gradient() -> None:
+    x, y = sets(6, 2, 5), sets(6, 3, 5, seed=1)
+    number = torch.tensor(0.7, dtype=torch.float64)
+    _, rows, columns = torch.ops.setemb.set_infonce_loss(
+        x, y, number, number, *(None,) * 4, number, "smooth_chamfer", False, True
+    )
+    assert torch.autograd.grad(rows.sum() + columns.sum(), (x, y), allow_unused=True) == (None, None)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_order_of_rows_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE", 4)

@@ -17,10 +17,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from setemb_kernels.ops.set_similarity import triton as backend  # noqa: E402
-from setemb_kernels.ops.set_similarity import triton_kernels  # noqa: E402
+from setemb_kernels.ops.set_similarity import (  # noqa: E402
+    triton_config,
+    triton_gradient_kernels,
+    triton_kernels,
+    triton_plan,
+)
 from setemb_kernels.ops.set_similarity.codes import FLOAT8_CAPABILITY  # noqa: E402
 from setemb_kernels.ops.set_similarity.layout import PackedSets  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
@@ -121,9 +127,8 @@ BOTH = pytest.mark.parametrize("case", [BANDS, CHOSEN], ids=lambda case: case.na
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """State for one set at a time, launches of part of the sets, and several bands of them."""
-    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(backend, "MOST_PROGRAMS", 4)
-    monkeypatch.setattr(backend, "BAND", 2)
+    limits = triton_config.LIMITS._replace(workspace_bytes=1, programs=4, band=2)
+    monkeypatch.setattr(triton_config, "LIMITS", limits)
     check(run, case, kind, torch.float32, DEVICE)
 
 
@@ -132,7 +137,7 @@ def test_windows(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("programs", [0, 8])
 def test_splits(case: Case, kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs and lists of sets, whole and split over programs, whose sums are added up."""
-    monkeypatch.setattr(backend, "PROGRAMS_EACH", programs)
+    monkeypatch.setattr(triton_config, "LIMITS", triton_config.LIMITS._replace(programs_each=programs))
     check(run, replace(case, N=2, M=2, K=(1, 70), L=(1, 50)), kind, torch.float16, DEVICE)
 
 
@@ -220,6 +225,110 @@ def test_candidates_of_no_set() -> None:
         assert s.eq(-torch.inf).all()
 
 
+@triton.jit
+def owners_kernel(offsets, owners, places, sets, OWN: tl.constexpr):
+    block = tl.program_id(0)
+    owner, place = triton_gradient_kernels._owner(offsets, sets, block, OWN)
+    tl.store(owners + block, owner)
+    tl.store(places + block, place)
+
+
+OWNED = {
+    "one set": [40],
+    "one empty set": [0],
+    "empty sets": [0, 0, 16, 0, 1, 47, 0, 0],
+    "whole blocks": [16, 32, 16],
+    "ragged": torch.randint(0, 70, (40,), generator=torch.Generator().manual_seed(0)).tolist(),
+    "a search of two steps": [3, 0] * 200,
+}
+
+
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("name", OWNED)
+def test_each_row_is_in_one_block(name: str, spare: int) -> None:
+    """Of the set that has it, or, beyond the last set, of none."""
+    counts, own = OWNED[name], 16
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    rows = int(offsets[-1]) + spare
+    blocks = rows // own + len(counts) + 1
+    owners, places = (torch.full((blocks,), -1, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    owners_kernel[(blocks,)](offsets.to(DEVICE), owners, places, len(counts), OWN=own)
+    expected = torch.repeat_interleave(torch.arange(len(counts) + 1), torch.tensor([*counts, spare]))
+    found, times = torch.full((rows,), -1), torch.zeros(rows)
+    ends = [*offsets[1:].tolist(), rows]
+    for owner, place in zip(owners.tolist(), places.tolist(), strict=True):
+        first = int(offsets[owner]) + place * own
+        block = slice(min(first, ends[owner]), min(first + own, ends[owner]))
+        assert place >= 0
+        found[block] = owner
+        times[block] += 1
+    assert times.eq(1).all() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("programs", [0, 8])
+@pytest.mark.parametrize("kind", ["maxsim", "max", "chamfer"])
+def test_result_within_its_dtype(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by one launch, or added up of parts: saturated, but NaN and what is no candidate stay."""
+    monkeypatch.setattr(triton_config, "LIMITS", triton_config.LIMITS._replace(programs_each=programs))
+    x = torch.full((60, 16), 200.0, dtype=torch.float16, device=DEVICE)
+    y = torch.stack((x[0], -x[0], x[0] * float("nan"), x[0] / 200))
+    offsets, y_offsets = torch.tensor([0, 60], device=DEVICE), torch.arange(5, device=DEVICE)
+    candidates = torch.tensor([[0, 1, 2, 3, -1]], device=DEVICE)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    small = 200 * 16 * (60 if kind == "maxsim" else 1)
+    small = min(small, 65504)
+    for chosen, rest in ((None, []), (candidates, [-torch.inf])):
+        s = backend.forward(x, offsets, y, y_offsets, chosen, one, one, kind, False)
+        expected = torch.tensor([[65504, -65504, torch.nan, small, *rest]], dtype=torch.float16, device=DEVICE)
+        torch.testing.assert_close(s, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["maxsim", "chamfer"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bytes_", [1, 1 << 20])
+def test_rows_of_no_set_have_gradient_0(
+    bytes_: int, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many launches make the gradient: memory is not filled beforehand where one writes to all of it."""
+    monkeypatch.setattr(triton_config, "LIMITS", triton_config.LIMITS._replace(workspace_bytes=bytes_))
+    case = Case("rows of no set", 3, 2, (1, 20), (1, 20), 16, empty="x", spare=40)
+    i = case.build(kind, dtype, DEVICE)
+    _, *gradients, _, _ = run(i)
+    for got, expected in zip(gradients, reference_results(i)[1:3], strict=True):
+        assert got[-40:].eq(0).all() and got.isfinite().all()
+        assert expected.count_nonzero() and got.count_nonzero()
+
+
+def test_launches_of_a_layout_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those of another are others."""
+    kept = (
+        triton_plan.plan_of,
+        triton_plan.similarity_launches,
+        triton_plan.state_launch,
+        triton_plan.gradient_launch,
+        triton_plan._combine_launch,
+    )
+
+    def made() -> list[int]:
+        return [cache.cache_info().misses for cache in kept]
+
+    case = Case("kept", 3, 2, 7, 9, 24)
+    run(case.build("chamfer", torch.float32, DEVICE))
+    before = made()
+    run(case.build("chamfer", torch.float32, DEVICE, seed=1))
+    assert made() == before
+    for other in (replace(case, L=10), replace(case, N=4), replace(case, layout="sliced")):
+        before = made()
+        check(run, other, "chamfer", torch.float32, DEVICE)
+        assert all(new > old for new, old in zip(made()[:4], before, strict=False))
+    i = case.build("soft_maxsim", torch.float32, DEVICE)
+    monkeypatch.setattr(backend, "_on_host", lambda v: False)
+    for dtype in (torch.float32, torch.float64):  # of a tensor that the kernel reads
+        before = made()
+        run(i._replace(alpha=i.alpha.to(DEVICE, dtype), bias=i.bias.to(DEVICE)))
+        assert all(new > old for new, old in zip(made()[:4], before, strict=False))
+
+
 if not INTERPRETED:
 
     @pytest.mark.parametrize("pairs", ["", "candidates"])
@@ -233,8 +342,8 @@ if not INTERPRETED:
 
 
 def _compiled() -> int:
-    names = ("similarity_kernel", "state_kernel", "gradient_kernel")
-    caches = (getattr(triton_kernels, name).device_caches for name in names)
+    of_pairs = triton_kernels.similarity_kernel, triton_kernels.state_kernel, triton_kernels.combine_kernel
+    caches = (kernel.device_caches for kernel in (*of_pairs, triton_gradient_kernels.gradient_kernel))
     return sum(len(cache[0]) for device in caches for cache in device.values())
 
 
