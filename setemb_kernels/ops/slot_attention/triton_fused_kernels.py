@@ -36,7 +36,7 @@ def _load(first, exists, d, D, stride_d):
     return tl.load(first[:, None] + d * stride_d, mask=exists[:, None] & (d < D), other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "items", "T", "mask_stride_b"])
 def fused_forward_kernel(
     q,  # [B, H, K, D], any strides, as all inputs
     k,  # [B, groups, T, D]
@@ -129,7 +129,7 @@ def _store_token_gradients(
         tl.store(grad_k + place[:, None] * D + d, dk.to(grad_k.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "items", "T", "mask_stride_b"])
 def fused_backward_kernel(
     q, k, v, bias, mask,  # as in fused_forward_kernel
     grad, out,  # [B, H, K, Dv]

@@ -113,7 +113,7 @@ def _divisor(total):
 # --- weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_blocks", "T", "mask_stride_b"])
 def weights_kernel(
     q,  # [B, H, K, D], any strides, as all inputs
     k,  # [B, groups, T, D]
@@ -146,7 +146,7 @@ def weights_kernel(
     tl.store(sums + row * token_blocks + token_block, tl.sum(w.to(tl.float32), 1) / factor, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_blocks", "T", "mask_stride_b"])
 def logit_gradients_kernel(
     q, k, bias, mask,  # as in weights_kernel
     v,  # [B, groups, T, Dv]
@@ -201,7 +201,7 @@ def logit_gradients_kernel(
         tl.store(logit_gradients + place, u.to(logit_gradients.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def delta_kernel(
     grad,  # [B, H, K, D]
     out,  # [B, H, K, D]
@@ -241,7 +241,7 @@ def _total(sums, row, exists, token_blocks, eps):
     return tl.sum(parts, 1) + eps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "items", "T", "token_blocks", "mask_stride_b"])
 def gather_kernel(
     weights,  # [items, rows, padded]
     tokens,  # [B, groups, T, D]
@@ -295,7 +295,7 @@ def gather_kernel(
         tl.store(target[:, None] + d * out_stride_d, values.to(out.dtype.element_ty), mask=exists[:, None] & (d < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows", "token_blocks"])
 def combine_kernel(
     partial,  # [splits, rows, D] float32
     sums,  # as in gather_kernel
@@ -325,7 +325,7 @@ def combine_kernel(
     tl.store(target, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_blocks", "T", "mask_stride_b"])
 def spread_kernel(
     weights,  # [items, rows, padded]
     slots,  # [B, H, K, D]

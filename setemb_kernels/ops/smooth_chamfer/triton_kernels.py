@@ -272,7 +272,9 @@ def _store_similarity(
     tl.store(out + n.to(tl.int64) * M + m, s.to(out.dtype.element_ty), mask=(n < N) & (m < M))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["N", "x_sets", "y_sets", "first_row_tile", "first_column_tile", "row_tiles", "column_tiles"]
+)
 def forward_kernel(
     x, y,  # packed operands [rows, features]: descriptors if BULK, else pointers; None where there are scores
     scores,  # [row_tiles ROWS, column_tiles COLUMNS] float32: of a chunk, made before; or None
@@ -388,7 +390,19 @@ def _store_weights(
             tl.store(_tile(chunk, chunk_i, chunk_j, chunk_columns, ROWS, COLUMNS), w.to(chunk.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "N",
+        "M",
+        "x_sets",
+        "y_sets",
+        "first_row_tile",
+        "first_column_tile",
+        "row_tiles",
+        "column_tiles",
+        "all_parts",
+    ]
+)
 def weights_kernel(
     x, y, scores, x_valid, y_valid, stats,  # as in forward_kernel
     grad,  # [N, M], any strides

@@ -90,7 +90,7 @@ def _of_sets(x_exponent, y_exponent, K: tl.constexpr, L: tl.constexpr):
     return x_exponent, y_exponent
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "column_tiles"])
 def light_forward_kernel(
     x, y,  # descriptors of [N K, D] and [M L, D]
     out,  # [N, M]
@@ -124,7 +124,7 @@ def light_forward_kernel(
         tl.store(target, saturate(s, LIMIT).to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "column_tiles"])
 def light_weights_kernel(
     x, y,  # as in light_forward_kernel
     grad,  # [N, M], any strides

@@ -96,7 +96,7 @@ def _pack(
         _raise_peak(exponent_peak, tl.max(tl.max(exponent, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_programs", "y_programs", "N", "M", "x_sets", "y_sets", "rows", "columns"])
 def pack_kernel(
     x, y,  # [N, K, D] and [M, L, D], any strides
     grad,  # [rows, columns], any strides, or None
@@ -176,7 +176,7 @@ def _unpack(
         tl.store(target + start, ldexp(block, shift).to(out.dtype.element_ty), mask=exists[:, :, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_programs", "first", "last", "M", "x_sets", "y_sets"])
 def unpack_kernel(
     x_sums, y_sums,  # [rows, features] float32, in tile order; None where there is nothing to write
     x_mask, y_mask,  # [N, K] and [M, L] bool, or None

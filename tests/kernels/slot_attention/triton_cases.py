@@ -6,7 +6,7 @@ On a GPU, or interpreted: then in float32 and float16, as numpy has no bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 from setemb_kernels import _device  # noqa: E402
 from setemb_kernels.ops.slot_attention import reference, triton_fused, triton_shared  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton as backend  # noqa: E402
+from tests.kernels.compiled import compiled  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
 from tests.kernels.slot_attention.cases import CASES, Case, Inputs, Results, cases, check, reference_results, through  # noqa: E402
 
@@ -25,6 +26,14 @@ DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 TABLE = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for dtype in DTYPES for case in cases(dtype)]
 NAMED = {case.name: case for case in CASES}
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+
+
+@pytest.fixture(autouse=True)
+def no_kept_launches() -> Iterator[None]:
+    """Which tests with other tile sizes would meet, or leave."""
+    triton_fused._plan.cache_clear()
+    yield
+    triton_fused._plan.cache_clear()
 
 
 def run(i: Inputs) -> Results:
@@ -186,3 +195,15 @@ def test_too_many_slots() -> None:
     q, k = torch.zeros(1, 1, 257, 4, device=DEVICE), torch.zeros(1, 1, 3, 4, device=DEVICE)
     with pytest.raises(ValueError, match="q: expected at most 256 slots on a GPU, got 257"):
         backend.forward(q, k, k, None, None, 1.0, 1e-7, 0.0)
+
+
+if DEVICE == "cuda":
+
+    def test_other_lengths_compile_nothing() -> None:
+        case = Case("lengths", 3, 1, 4, 40, 64, 64, mask="tail")
+        run(case.build(torch.float16, DEVICE))
+        kernels = triton_fused.kernels.fused_forward_kernel, triton_fused.kernels.fused_backward_kernel
+        before = compiled(*kernels)
+        for B, T in ((1, 7), (16, 48), (5, 63)):
+            run(replace(case, B=B, T=T).build(torch.float16, DEVICE))
+        assert compiled(*kernels) == before > 0

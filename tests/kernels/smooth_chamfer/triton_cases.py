@@ -6,6 +6,8 @@ On a GPU, or interpreted: then in float32 and float16, as numpy has no bfloat16.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ import triton.language as tl  # noqa: E402
 
 from setemb_kernels import _device  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
-from setemb_kernels.ops.smooth_chamfer import triton_config, triton_kernels, triton_light  # noqa: E402
+from setemb_kernels.ops.smooth_chamfer import triton_config, triton_kernels, triton_light, triton_packing  # noqa: E402
+from tests.kernels.compiled import compiled  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
 from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, check_wide, reference_results  # noqa: E402
 
@@ -193,6 +196,27 @@ def test_sets_too_large_for_a_tile() -> None:
     x = torch.zeros(1, 257, 4, device=DEVICE)
     with pytest.raises(ValueError, match="at most 256 and 128 vectors on a GPU, got 257 and 3"):
         backend.forward(x, x[:, :3], torch.tensor(16.0), None, None)
+
+
+if DEVICE == "cuda":
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("largest_light", [0, 1 << 24])
+    def test_other_lengths_compile_nothing(
+        dtype: torch.dtype, largest_light: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(triton_config, "LARGEST_LIGHT", largest_light)
+        case = Case("lengths", 13, 18, 4, 4, 64)
+        packing = triton_packing.pack_kernel, triton_packing.unpack_kernel
+        scores = triton_kernels.forward_kernel, triton_kernels.weights_kernel
+        light = triton_light.kernels.light_forward_kernel, triton_light.kernels.light_weights_kernel
+        before = 0
+        for N, M in ((13, 18), (1, 70), (60, 130), (77, 202)):
+            i = replace(case, N=N, M=M).build(dtype, DEVICE)
+            backend.forward(*i[:5])
+            backend.backward(i.grad, *i[:5], True, True, False)
+            before = before or compiled(*packing, *scores, *light)
+        assert compiled(*packing, *scores, *light) == before > 0
 
 
 @triton.jit
