@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.figure import Bars
 from benchmarks.figure import figure as draw
-from benchmarks.gpu.table import NOT_OURS, PEERS, floor, sizes_of
+from benchmarks.gpu.table import PEERS, floor, names_of_ours, sizes_of, times_product
 
 ROOT = Path(__file__).parent.parent
 FAR = 0.02
@@ -52,14 +52,9 @@ def section(contents: list[dict[str, Any]], root: Path = ROOT) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ours(content: dict[str, Any]) -> list[str]:
-    names = [name for row in content["rows"] for name in row.get("milliseconds", {}) if name not in NOT_OURS]
-    return list(dict.fromkeys(names))
-
-
 def _table(content: dict[str, Any]) -> list[str]:
     versions, file = content["versions"], content["file"]
-    ours = _ours(content)
+    ours = names_of_ours(content["rows"])
     clocks = content["clocks"].get("after") or content["clocks"].get("before") or {}
     speed = f"; SM at {clocks['sm_mhz']:.0f} MHz after the last row" if "sm_mhz" in clocks else ""
     lines = [
@@ -89,19 +84,13 @@ def _table(content: dict[str, Any]) -> list[str]:
     return [*lines, "", *batches, *(f"Stage {line}." for line in bad), ""]
 
 
-def times_product(row: dict[str, Any], name: str) -> float:
-    """A time as a multiple of that of the products in the same pass."""
-    ms = row["milliseconds"]
-    return float(ms[name] / (ms.get("product, again", ms["product"]) if name == "compiled" else ms["product"]))
-
-
 def _time(ms: float) -> str:
     return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
 
 
 def figure(content: dict[str, Any]) -> str:
     """SVG: of each row a bar for each implementation, as multiples of the products."""
-    names, bars = (*_ours(content), *PEERS), []
+    names, bars = (*names_of_ours(content["rows"]), *PEERS), []
     for row in content["rows"]:
         ms = row.get("milliseconds", {})
         times = {name: times_product(row, name) for name in names if name in ms} if "product" in ms else {}

@@ -6,9 +6,12 @@ python -m benchmarks.gpu.small_cases [--device cpu]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.implementations import absent, ours, serves
 from setemb_kernels import set_similarity, set_triplet_loss, slot_attention, smooth_chamfer
@@ -66,6 +69,30 @@ def slots(device: str, dtype: torch.dtype, B: int, H: int, K: int, T: int, D: in
     out.backward(torch.randn_like(out))
 
 
+def _addmm(
+    total: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None, out_dtype: object = None, beta: float = 1,
+    alpha: float = 1,
+) -> Tensor:  # fmt: skip
+    product = alpha * (a.float()[:, :, None] * b.float()).sum(1)
+    result = product if beta == 0 else product + beta * total
+    return total.copy_(result) if out is None else out.copy_(result)
+
+
+def _mm(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    return out.copy_((a.float()[:, :, None] * b.float()).sum(1))
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """The products that our ops ask torch for, without cuBLAS."""
+    with (
+        patch.object(torch, "addmm", _addmm),
+        patch.object(torch, "mm", _mm),
+        patch.object(Tensor, "addmm_", _addmm),
+    ):
+        yield
+
+
 def main(device: str, of: Collection[str] | None = None) -> int:
     """How many calls were made, of these implementations or of all."""
     count = 0
@@ -98,6 +125,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--of", nargs="+", help="implementations; else all")
+    parser.add_argument("--plain-products", action="store_true", help="those of torch by additions, without cuBLAS")
     torch.manual_seed(0)
     args = parser.parse_args()
-    main(args.device, args.of)
+    with plain_products() if args.plain_products else nullcontext():
+        main(args.device, args.of)

@@ -41,11 +41,10 @@ class Config(NamedTuple):
 
 
 LARGEST_PAIRED = 256
-"""Features up to which W is made by two programs a multiprocessor on sm_90, of which one multiplies while the other
-takes exponentials and writes. On an H100, N = M = 8192, K = L = 4: 1.92 ms for 2.31 with 128 features, but with 1024
-4.9 to 5.4 for 4.2 to 5.0, as half a tile reads more for each product. The forward kernel, which writes little: 1.2
-times the plain product for 1.2 to 1.45 with 1024 features, 1.6 for 1.7 with 128. With masks W would need more
-registers."""
+"""Features up to which two programs share a multiprocessor of sm_90: one multiplies while the other takes exponentials
+and writes. On an H100, N = M = 8192, K = L = 4, multiples of the plain products: with 128 features forward 1.54 for
+1.63, forward + backward 2.07 for 2.31; with 1024, where half a tile reads more for each product, forward 1.45 for 1.23.
+W with masks would need more registers."""
 
 LARGEST_LIGHT = 1 << 24
 """Up to so many scores nothing is packed; see `triton_light`."""
@@ -82,7 +81,7 @@ def variants(
     if alone:
         return [(True, shifted)]
     plain = _config(K, L, arch, 128, False, 3 if backward else 4)
-    if 90 <= arch < 100 and plain.rows == plain.part == 128 and (not backward or (D <= LARGEST_PAIRED and not masked)):
+    if 90 <= arch < 100 and plain.rows == plain.part == 128 and D <= LARGEST_PAIRED and not (backward and masked):
         plain = plain._replace(columns=128, num_warps=4, programs=2, num_stages=3)
         if backward:  # beside what a tile of W passes through on its way to memory
             plain, shifted = plain._replace(part=64, block_d=32, num_stages=4), shifted._replace(part=64)
