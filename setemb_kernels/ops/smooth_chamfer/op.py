@@ -44,9 +44,9 @@ def smooth_chamfer(
     gives the Chamfer similarity (mean of maxima, both ways); ``K = L = 1`` gives the dot product. Vectors need not be
     normalised.
 
-    Nothing of size ``N M K L`` is stored, in the forward or in the backward pass; on a GPU the backward works in at
-    most 512 MiB, or a hundredth of a smaller device's memory, beside copies of x and y and the smaller of their
-    gradients in float32. The result is finite for finite input: what would overflow saturates at the largest finite
+    Nothing of size ``N M K L`` is stored, in the forward or in the backward pass; on a GPU the backward (in float32 the
+    forward, too) works in at most 512 MiB, or a hundredth of a smaller device's memory, beside copies of x and y and
+    the smaller of their gradients in float32. The result is finite for finite input: what would overflow saturates at the largest finite
     value. A gradient is infinite where its value is out of range of its dtype (as a loss scaler expects), and only
     there. A NaN reaches only the pairs of the set that holds it.
 

@@ -1,4 +1,6 @@
-"""Smooth-Chamfer on a GPU, in Triton: the host side. `triton_kernels` has the kernels, `reference` the maths.
+"""Smooth-Chamfer on a GPU, in Triton: the host side. `triton_kernels` and `triton_packing` have the kernels,
+`triton_config` tile sizes, `triton_plan` the launches, `triton_light` a shorter way for few scores, `reference` the
+maths.
 
     pack_kernel      x, y -> packed operands ``[rows, features]`` in tile order, masked vectors zero, features padded;
                      and per set: weight 1 / (2 |X|), longest vector, exponent; their maxima, and that of the gradient
@@ -30,6 +32,9 @@ copy engine. (These are counts, not timings.)
 
 By this count (b) wins for D > 128; below, both are bound by the exponentials, of which (a) has twice as many.
 Hence (b).
+
+**Float32** takes no tensor cores, unless torch may use tf32 for a plain product. Its scores are that product, a chunk
+of them at a time in the workspace; the same kernels read them, and W takes their place.
 
 **Range.** Sets whose vectors are so long that a dot product could overflow are packed times a power of two. Each
 kernel is launched in two variants, and reads on the device which one serves: where Cauchy-Schwarz bounds |alpha c|
