@@ -46,9 +46,9 @@ def smooth_chamfer(
 
     Nothing of size ``N M K L`` is stored, in the forward or in the backward pass; on a GPU the backward (in float32 the
     forward, too) works in at most 512 MiB, or a hundredth of a smaller device's memory, beside copies of x and y and
-    the smaller of their gradients in float32. The result is finite for finite input: what would overflow saturates at the largest finite
-    value. A gradient is infinite where its value is out of range of its dtype (as a loss scaler expects), and only
-    there. A NaN reaches only the pairs of the set that holds it.
+    the smaller of their gradients in float32. The result is finite for finite input: what would overflow saturates at
+    the largest finite value. A gradient is infinite where its value is out of range of its dtype (as a loss scaler
+    expects), and only there. A NaN reaches only the pairs of the set that holds it.
 
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
