@@ -24,6 +24,10 @@ _PLAIN = frozenset((type(None), bool, float, str))
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
+_CASTS: dict[str, Callable[..., list[Any]]] = {}
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
 _RECORDED: dict[str, Callable[..., Any]] = {}
 """The same where a gradient is wanted; of an op that has none it is the dispatcher's, which says so."""
 
@@ -49,9 +53,22 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
     _RECORDED[name] = type(f"setemb::{name}", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
+def autocast(name: str, cast: Callable[..., list[Any]]) -> None:
+    """Give an op what `cast(args, dtype)` makes of its arguments under autocast."""
+    _CASTS[name] = cast
+
+
 def _call(name: str, *args: Any) -> Any:
     if watched() or _needs_dispatcher(args):
         return getattr(torch.ops.setemb, name)(*args)
+    if torch.is_autocast_enabled("cuda") and name in _CASTS:
+        args = tuple(_CASTS[name](args, torch.get_autocast_dtype("cuda")))
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return _serve(name, args)
+    return _serve(name, args)
+
+
+def _serve(name: str, args: tuple[Any, ...]) -> Any:
     if torch.is_grad_enabled() and any(v.requires_grad for v in args if isinstance(v, Tensor)):
         return _RECORDED[name](*args)
     return _IMPLEMENTATIONS[name](*args)
@@ -70,7 +87,7 @@ def watched() -> bool:
 
 def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
     """Whether it would do more with them than find the function that we know."""
-    if not _on_gpu(args[0]) or torch.is_autocast_enabled("cuda") or forward_ad._current_level >= 0:
+    if not _on_gpu(args[0]) or forward_ad._current_level >= 0:
         return True
     for v in args:
         kind = type(v)

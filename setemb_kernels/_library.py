@@ -58,13 +58,17 @@ def register_autocast(qualified_name: str, *, cast: int) -> None:
     """
     namespace, name = qualified_name.split("::")
     op = getattr(getattr(torch.ops, namespace), name)
+
+    def as_cast(args: tuple[Any, ...], dtype: torch.dtype) -> list[Any]:
+        return [*(_cast(a, dtype) for a in args[:cast]), *args[cast:]]
+
+    _direct.autocast(name, as_cast)
     for device, key in _AUTOCAST_KEYS.items():
 
         def autocast(*args: Any, _device: str = device, _key: str = key) -> Any:
-            dtype = torch.get_autocast_dtype(_device)
-            cast_args = [_cast(a, dtype) for a in args[:cast]]
+            cast_args = as_cast(args, torch.get_autocast_dtype(_device))
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))):
-                return op(*cast_args, *args[cast:])
+                return op(*cast_args)
 
         _LIBRARY.impl(name, autocast, key)
 

@@ -239,7 +239,7 @@ def autocast_of_a_gpu() -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
-@pytest.mark.parametrize("mode", [autocast_of_a_gpu, forward_ad.dual_level, SeenByDispatch, SeenByFunction])
+@pytest.mark.parametrize("mode", [forward_ad.dual_level, SeenByDispatch, SeenByFunction])
 def test_modes_see_the_op(mode: Callable[[], AbstractContextManager[Any]], direct: list[str]) -> None:
     expected = smooth_chamfer(X, Y)
     direct.clear()
@@ -254,6 +254,21 @@ def test_modes_see_the_op(mode: Callable[[], AbstractContextManager[Any]], direc
         with mode():
             result.sum().backward()
         assert not direct and x.grad is not None
+
+
+def test_autocast(direct: list[str]) -> None:
+    """As the dispatcher does it: x and y are cast, and the rest runs without autocast; gradients are of what came."""
+    x, y = leaves((X.float(), Y.float()))
+    with autocast_of_a_gpu():
+        result = smooth_chamfer(x, y)
+        one = set_infonce_loss(x, y)
+    assert direct and result.dtype == torch.float16
+    torch.testing.assert_close(result, smooth_chamfer(X.half(), Y.half()))
+    torch.testing.assert_close(one, set_infonce_loss(X.half(), Y.half()))
+    direct.clear()
+    with autocast_of_a_gpu():
+        result.sum().backward()
+    assert direct and x.grad is not None and x.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("inside", [True, False])
