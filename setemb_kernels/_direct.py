@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -69,7 +70,8 @@ def _call(name: str, *args: Any) -> Any:
 
 
 def _serve(name: str, args: tuple[Any, ...]) -> Any:
-    if torch.is_grad_enabled() and any(v.requires_grad for v in args if isinstance(v, Tensor)):
+    recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    if recording and any(v.requires_grad for v in args if isinstance(v, Tensor)):
         return _RECORDED[name](*args)
     return _IMPLEMENTATIONS[name](*args)
 
@@ -92,7 +94,7 @@ def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
     for v in args:
         kind = type(v)
         if kind is Tensor or kind is Parameter:  # not a subclass, whose __torch_dispatch__ is asked
-            if v.is_neg() or v._is_zerotensor():  # memory does not hold the values
+            if v.is_neg() or v._is_zerotensor() or is_legacy_batchedtensor(v):  # memory does not hold the values
                 return True
         elif kind not in _PLAIN:
             return True

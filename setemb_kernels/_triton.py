@@ -94,7 +94,8 @@ LAYOUTS = 512
 class Launch:
     """`launch` of all but the tensors, for calls that come again: it looks at each argument, 25 of them in 20 us.
 
-    Of one device. All that a kernel may be compiled for is given beforehand, but for where tensors lie.
+    Of one device. All that a kernel may be compiled for is given beforehand, but for tensors, of which dtype and place
+    are looked at.
     """
 
     def __init__(self, kernel: Any, programs: int, numbers: tuple[int | float, ...], **constants: Any) -> None:
@@ -106,14 +107,14 @@ class Launch:
             constants: constexpr arguments and options of the compiler.
         """
         self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
-        self._runs: dict[tuple[int, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
+        self._runs: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
     def __call__(self, *arguments: Any) -> None:
         """
         Args:
-            arguments: tensors, descriptors, None or floats: in each place always the same kind, of the same dtype.
+            arguments: tensors, descriptors, None or floats. Descriptors always of the same dtype and block.
         """
-        places = tuple([v.data_ptr() % 16 for v in arguments if isinstance(v, Tensor)])
+        places = tuple([(v.dtype, v.data_ptr() % 16) if isinstance(v, Tensor) else type(v) for v in arguments])
         found = self._runs.get(places)
         if found is not None:
             run, rest = found

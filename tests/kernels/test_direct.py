@@ -256,6 +256,23 @@ def test_modes_see_the_op(mode: Callable[[], AbstractContextManager[Any]], direc
         assert not direct and x.grad is not None
 
 
+def test_many_gradients_at_once(direct: list[str]) -> None:
+    """Of a batch of upstream gradients that says it is one."""
+    x, y = leaves((X, Y))
+    s = smooth_chamfer(x, y)
+    upstream = torch.eye(s.numel()).double().reshape(-1, *s.shape)[:3]
+    (batched,) = torch.autograd.grad(s, x, upstream, retain_graph=True, is_grads_batched=True)
+    for one, grad in zip(batched, upstream, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(s, x, grad, retain_graph=True)[0])
+
+
+def test_nothing_is_recorded_in_inference_mode(direct: list[str]) -> None:
+    x, y = leaves((X, Y))
+    with torch.inference_mode(), torch.enable_grad():
+        assert not smooth_chamfer(x, y).requires_grad
+    assert direct
+
+
 def test_autocast(direct: list[str]) -> None:
     """As the dispatcher does it: x and y are cast, and the rest runs without autocast; gradients are of what came."""
     x, y = leaves((X.float(), Y.float()))

@@ -33,7 +33,6 @@ have blocks too: nothing is filled with zeros first. Which sets of x have a set 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -109,7 +108,8 @@ def _forward(call: _Call, kind: str, mean: bool, dtype: torch.dtype) -> Tensor:
         return out if call.candidates is None else out.masked_fill_(call.candidates < 0, -math.inf)
     with torch.cuda.device_of(out):
         several = plan.all_parts > 1
-        parts = out.new_empty(plan.all_parts, *out.shape, dtype=torch.float32) if several else _unused(out.device)
+        shape = (plan.all_parts, *out.shape) if several else (1,)  # else nothing is written to it
+        parts = out.new_empty(shape, dtype=torch.float32)
         for swap, launch in plans.similarity_launches(plan):
             a, b = (call.y, call.x) if swap else (call.x, call.y)
             launch(
@@ -118,12 +118,6 @@ def _forward(call: _Call, kind: str, mean: bool, dtype: torch.dtype) -> Tensor:
         if several:
             plans.combine(parts, out, call.candidates, plan.directions[0].best, plan.limit)
     return out
-
-
-@functools.cache
-def _unused(device: torch.device) -> Tensor:
-    """Where a kernel wants an array that it does not write to."""
-    return torch.empty(1, device=device)
 
 
 def backward(

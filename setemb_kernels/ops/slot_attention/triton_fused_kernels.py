@@ -175,12 +175,11 @@ def fused_backward_kernel(
     if ONE_BLOCK:
         queries = _load(slots, exists, d, D, q_stride_d)
         grads = _load(upstream, exists, d, Dv, grad_stride_d)
-    if SPLIT:
-        target = grad_q + (split.to(tl.int64) * items * heads * K + row) * D
-    else:
-        target = grad_q
-        if grad_q is not None:
-            target += b * grad_q_stride_b + h * grad_q_stride_h + slot * grad_q_stride_k
+    if grad_q is not None:
+        if SPLIT:
+            target = grad_q + (split.to(tl.int64) * items * heads * K + row) * D
+        else:
+            target = grad_q + b * grad_q_stride_b + h * grad_q_stride_h + slot * grad_q_stride_k
     dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
     by_bias = tl.zeros((ROWS,), tl.float32)
     first = split * per_split

@@ -81,7 +81,7 @@ def forward(
         light = triton_light.forward(x, y, sharpness, x_mask, y_mask, dtype)
         if light is not None:
             return light
-        plan = plan_of(x, y, x_mask, y_mask, isinstance(sharpness, Tensor), out=dtype)
+        plan = plan_of(x, y, x_mask, y_mask, sharpness, out=dtype)
         operands = plan.pack(x, y, x_mask, y_mask)
         out = x.new_empty(N, M, dtype=dtype)
         height, width = plan.x.height, plan.y.height
@@ -133,8 +133,7 @@ def backward(
         sharpness = _sharpness(alpha)
         need_chunk = need_x or need_y
         plan = plan_of(
-            x, y, x_mask, y_mask, isinstance(sharpness, Tensor),
-            grad=grad, need_alpha=need_alpha, need_chunk=need_chunk,
+            x, y, x_mask, y_mask, sharpness, grad=grad, need_alpha=need_alpha, need_chunk=need_chunk
         )  # fmt: skip
         operands = plan.pack(x, y, x_mask, y_mask, grad)
         parts = None

@@ -217,7 +217,10 @@ def _shifted(c, axis: tl.constexpr, scale):
 
 @triton.jit
 def similarity_unshifted(c, x_weight, y_weight, scale, inverse, MASKED: tl.constexpr):
-    """``s [block, group, m]`` of bounded scores ``c [block, k, group, l, m]``: one exp for both sums."""
+    """``s [block, group, m]`` of bounded scores ``c [block, k, group, l, m]``: one exp for both sums, none of one
+    vector with one, where a logarithm over a small alpha would leave few digits."""
+    if c.shape[1] == 1 and c.shape[3] == 1:
+        return tl.reshape(c, (c.shape[0], c.shape[2], c.shape[4])) * (x_weight + y_weight)
     e = tl.exp2(c * scale)
     by_row = tl.sum(e, 3)
     by_column = tl.sum(e, 1)

@@ -8,7 +8,9 @@ copy engine, W of all pairs fits into a workspace, and its plain products with x
     torch.addmm             dX = W Y, dY = W^T X
 
 In bfloat16, which has the range of float32; forward also in float16. Sets of 1, 2, 4, ... 64 vectors without masks.
-Sums over slots pass through more shuffles than those of a packed tile, which costs a kernel less than a launch.
+Sums over slots pass through more shuffles than those of a packed tile, which costs a kernel less than a launch. The
+last products are plain ones, which torch lets round partial sums to bfloat16
+(``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction``).
 
 **Range.** Each tile looks at its own scores: where ``|alpha c|`` is bounded, one exp serves both directions; else they
 are shifted; and where one is not finite, vectors were too long, and the tile is made again from vectors over powers of
@@ -107,7 +109,8 @@ def _plan_of(
     if (x.data_ptr() | y.data_ptr()) % 16:
         return None
     return _plan(
-        x.shape, y.shape, x.dtype, dtype, x.device, _device.processors(x)[1], isinstance(alpha, Tensor),
+        x.shape, y.shape, x.dtype, dtype, x.device, _device.processors(x)[1],
+        alpha.dtype if isinstance(alpha, Tensor) else None,
         None if grad is None else (*grad.stride(), grad.dtype), sizes.LARGEST_LIGHT,
     )  # fmt: skip
 
@@ -120,7 +123,7 @@ def _plan(
     out: torch.dtype,
     device: torch.device,
     arch: int,
-    alpha_on_device: bool,
+    alpha_on_device: torch.dtype | None,
     grad: tuple[int, int, torch.dtype] | None,
     largest: int,
 ) -> Plan | None:
@@ -133,7 +136,7 @@ def _plan(
     constants: dict[str, Any] = {
         "K": K,
         "L": L,
-        "ALPHA_ON_DEVICE": alpha_on_device,
+        "ALPHA_ON_DEVICE": alpha_on_device is not None,
         "LARGEST_EXPONENT": sizes.largest_exponent(D),
     }
     numbers: tuple[int, ...] = (N, M, D, across)

@@ -49,7 +49,7 @@ def plan_of(
     y: Tensor,
     x_mask: Tensor | None,
     y_mask: Tensor | None,
-    alpha_on_device: bool,
+    alpha: float | Tensor,
     *,
     out: torch.dtype | None = None,
     grad: Tensor | None = None,
@@ -59,7 +59,8 @@ def plan_of(
     """The plan of a forward call, whose result has dtype `out`, or of a backward call, with the upstream gradient."""
     return _plan(
         x.shape, x.stride(), y.shape, y.stride(), x.dtype, x.device, _device.processors(x),
-        None if x_mask is None else x_mask.stride(), None if y_mask is None else y_mask.stride(), alpha_on_device, out,
+        None if x_mask is None else x_mask.stride(), None if y_mask is None else y_mask.stride(),
+        alpha.dtype if isinstance(alpha, Tensor) else None, out,
         None if grad is None else (grad.stride(), grad.dtype), need_alpha, need_chunk,
         sizes.LARGEST_ALONE,
     )  # fmt: skip
@@ -79,7 +80,7 @@ class Plan:
         processors: tuple[int, int],
         x_mask: Strides | None,
         y_mask: Strides | None,
-        alpha_on_device: bool,
+        alpha_on_device: torch.dtype | None,
         out: torch.dtype | None,
         grad: tuple[Strides, torch.dtype] | None,
         need_alpha: bool,
@@ -112,7 +113,7 @@ class Plan:
             "L": y_slots,
             "GROUP": self.x.group,
             "MASKED": self.masked,
-            "ALPHA_ON_DEVICE": alpha_on_device,
+            "ALPHA_ON_DEVICE": alpha_on_device is not None,
             "ALONE": len(configs) == 1,
         }
         if grad is None:
@@ -190,7 +191,7 @@ class Plan:
 
     def _of(self, kernel: Any, x: slice, y: slice) -> list[tuple[sizes.Config, _triton.Launch]]:
         """The launches of one chunk."""
-        key = x.start, x.stop, y.start, y.stop
+        key = "chunk", x.start, x.stop, y.start, y.stop
         found: list[tuple[sizes.Config, _triton.Launch]] | None = self._launches.get(key)
         if found is None:
             found = self._launches[key] = [
@@ -233,7 +234,7 @@ class Plan:
     ) -> None:
         """Write sums in tile order, those of x of sets `first` to `last`, to the gradients; those that are not None."""
         last = min(last, self.N)
-        key = x_sum is None, y_sum is None, first, last
+        key = "sums", x_sum is None, y_sum is None, first, last
         launch = self._launches.get(key)
         if launch is None:
             x_programs = 0 if x_sum is None else _triton.cdiv(max(0, last - first), self.x.block["SETS"])

@@ -120,9 +120,13 @@ def test_few_items_at_a_time(name: str, dtype: torch.dtype, monkeypatch: pytest.
     check(run, case, dtype, DEVICE)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("needed", range(4))
-def test_each_gradient_alone(needed: int) -> None:
-    i = NAMED["bias, shared, masked"].build(torch.float16, DEVICE)
+def test_each_gradient_alone(needed: int, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if split:
+        monkeypatch.setattr(_device, "processors", lambda x: (32, 90))
+        monkeypatch.setattr(triton_shared, "SPLIT_TOKENS", 1)
+    i = replace(NAMED["bias, shared, masked"], T=140).build(torch.float16, DEVICE)
     out, total = backend.forward(*i[:-1])
     arguments = (i.grad, *i[:5], out, total, i.scale, i.token_eps)
     every = backend.backward(*arguments, True, True, True, True)

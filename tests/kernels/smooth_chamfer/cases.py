@@ -122,6 +122,7 @@ CASES = [
     Case("many rows", 300, 9, 4, 4, 40),
     Case("one element", 1, 1, 1, 1, 1),
     Case("one vector a set", 37, 70, 1, 1, 65),
+    Case("one vector a set, alpha 1e-4", 37, 24, 1, 1, 64, alpha=1e-4),
     Case("one against many", 1, 90, 1, 6, 32),
     Case("many against one", 90, 1, 6, 1, 32),
     Case("K 2 L 7", 19, 23, 2, 7, 48),

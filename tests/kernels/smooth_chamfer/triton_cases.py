@@ -6,7 +6,9 @@ On a GPU, or interpreted: then in float32 and float16, as numpy has no bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -17,8 +19,15 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from setemb_kernels import _device  # noqa: E402
+from setemb_kernels.ops.smooth_chamfer import (  # noqa: E402
+    reference,
+    triton_config,
+    triton_kernels,
+    triton_light,
+    triton_packing,
+    triton_plan,
+)
 from setemb_kernels.ops.smooth_chamfer import triton as backend  # noqa: E402
-from setemb_kernels.ops.smooth_chamfer import triton_config, triton_kernels, triton_light, triton_packing  # noqa: E402
 from tests.kernels.compiled import compiled  # noqa: E402
 from tests.kernels.guarded_memory import guarded_memory  # noqa: E402, F401
 from tests.kernels.smooth_chamfer.cases import CASES, Case, Inputs, cases, check, check_wide, reference_results  # noqa: E402
@@ -91,11 +100,14 @@ LIGHT = [
 
 
 @pytest.fixture
-def light(monkeypatch: pytest.MonkeyPatch) -> None:
+def light(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As of calls of few scores."""
+    triton_light._plan.cache_clear()
     monkeypatch.setattr(triton_config, "LARGEST_LIGHT", 1 << 24)
     if DEVICE == "cpu":  # numpy has no bfloat16
         monkeypatch.setattr(triton_light, "TYPES", {False: (torch.float16, torch.float32), True: (torch.float32,)})
+    yield
+    triton_light._plan.cache_clear()
 
 
 @pytest.mark.usefixtures("light")
@@ -115,6 +127,35 @@ def test_few_scores(name: str) -> None:
         return s, *gradients, reference_results(i)[3]
 
     check(unpacked, NAMED[name], LIGHT_DTYPE, DEVICE)
+
+
+@pytest.mark.usefixtures("light")
+def test_few_scores_forward_alone() -> None:
+    """Of a number of vectors that W's rows could not have; alpha on the device."""
+    i = Case("", 9, 5, 4, 1, 24).build(LIGHT_DTYPE, DEVICE)
+    alpha = torch.tensor(7.0, device=DEVICE)
+    s = triton_light.forward(i.x, i.y, alpha, None, None, i.x.dtype)
+    assert s is not None and triton_light.backward(i.grad, i.x, i.y, alpha, None, None, True, True) is None
+    expected = reference.forward(i.x.double(), i.y.double(), alpha.double(), None, None)
+    torch.testing.assert_close(s.double(), expected, rtol=1e-2 if DEVICE == "cuda" else 1e-5, atol=1e-6)
+
+
+def test_launches_are_of_the_dtype_of_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lies on the device is read by the kernel."""
+    i = NAMED["paper"].build(LIGHT_DTYPE, DEVICE)
+    monkeypatch.setattr(triton_plan, "_plan", plans := lru_cache(triton_plan.Plan))
+    for dtype in (torch.float32, torch.float64):
+        for _ in range(2):
+            triton_plan.plan_of(i.x, i.y, None, None, i.alpha.to(dtype), out=i.x.dtype)
+    assert plans.cache_info().currsize == 2
+
+
+def test_alpha_gradient_alone_of_16_bit() -> None:
+    i = NAMED["paper"].build(torch.float16, DEVICE)
+    arguments = (i.grad, i.x, i.y, i.alpha, i.x_mask, i.y_mask)
+    alone = backend.backward(*arguments, False, False, True)
+    assert alone[0].shape == alone[1].shape == (0,)
+    torch.testing.assert_close(alone[2], backend.backward(*arguments, True, True, True)[2])
 
 
 @pytest.mark.usefixtures("light")
@@ -205,6 +246,7 @@ if DEVICE == "cuda":
     def test_other_lengths_compile_nothing(
         dtype: torch.dtype, largest_light: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Where the number of sets of y is no multiple of 16, or is one, by more of whom rows are read at a time."""
         monkeypatch.setattr(triton_config, "LARGEST_LIGHT", largest_light)
         case = Case("lengths", 13, 18, 4, 4, 64)
         packing = triton_packing.pack_kernel, triton_packing.unpack_kernel
