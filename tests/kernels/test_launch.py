@@ -15,6 +15,8 @@ triton = pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from setemb_kernels import _triton  # noqa: E402
+from setemb_kernels.ops.slot_attention import triton_fused  # noqa: E402
+from setemb_kernels.ops.smooth_chamfer import triton_kernels, triton_light, triton_plan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -133,6 +135,54 @@ def kernels() -> Iterator[Any]:
         for name, value in vars(module).items():
             if name.endswith("_kernel") and value.__module__ == module.__name__:
                 yield pytest.param(value, id=f"{path.parent.name} {name}")
+
+
+def specialised(launch: _triton.Launch) -> list[Any]:
+    """Of its numbers, those that a kernel is compiled for, as what."""
+    parameters = [p for p in launch.kernel.params if not p.is_constexpr][-len(launch.numbers) :]
+    return [
+        (p.name, v == 1, v % 16 == 0)
+        for p, v in zip(parameters, launch.numbers, strict=True)
+        if isinstance(v, int) and not p.do_not_specialize
+    ]
+
+
+def launches_of_sets(N: int, M: int, dtype: torch.dtype) -> list[_triton.Launch]:
+    """All of smooth-Chamfer's, packed and not, that no other length is to compile anew."""
+    x, y, grad = torch.zeros(N, 4, 64, dtype=dtype), torch.zeros(M, 4, 64, dtype=dtype), torch.zeros(N, M, dtype=dtype)
+    found = []
+    for kernel, options in (
+        (triton_kernels.forward_kernel, {"out": dtype}),
+        (triton_kernels.weights_kernel, {"grad": grad, "need_chunk": True}),
+    ):
+        plan = triton_plan.plan_of(x, y, None, None, 16.0, **options)
+        whole = slice(0, plan.x.height), slice(0, plan.y.height)
+        found += [plan._pack, *(launch for _, launch in plan._of(kernel, *whole))]
+    for upstream in (None, grad) if dtype == torch.bfloat16 else ():
+        light = triton_light._plan_of(x, y, 16.0, None, None, dtype, upstream)
+        assert light is not None
+        found.append(light.launch)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [((13, 18), (1, 70), (60, 130), (77, 202)), ((8, 64), (3, 128), (77, 192))])
+def test_other_numbers_of_sets_compile_nothing(sizes: Any, dtype: torch.dtype) -> None:
+    """Neither where the sets of y are no multiple of 16 nor where they are: one variant each."""
+    first, *others = (list(map(specialised, launches_of_sets(*size, dtype))) for size in sizes)
+    assert all(first) and all(other == first for other in others)
+
+
+def test_other_numbers_of_tokens_compile_nothing() -> None:
+    found = []
+    for B, T in ((3, 40), (1, 7), (16, 48), (5, 63)):
+        q, k = torch.zeros(B, 1, 4, 64).half(), torch.zeros(B, 1, T, 64).half()
+        mask = torch.zeros(B, T, dtype=torch.bool)
+        forward = triton_fused._plan_of(q, k, 64, (k, None, mask, q), (1.0, 1e-7, 0.0, 1.0))
+        backward = triton_fused._plan_of(q, k, 64, (k, None, mask, q, q, q), (1.0, 0.0, 1.0), (True,) * 4)
+        assert forward is not None and backward is not None
+        found.append([specialised(plan.launch) for plan in (forward, backward)])
+    assert all(found[0]) and all(other == found[0] for other in found)
 
 
 @pytest.mark.parametrize("function", list(kernels()))
