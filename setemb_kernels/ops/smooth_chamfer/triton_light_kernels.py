@@ -90,6 +90,16 @@ def _of_sets(x_exponent, y_exponent, K: tl.constexpr, L: tl.constexpr):
     return x_exponent, y_exponent
 
 
+@triton.jit
+def _place(column_tiles, X_SETS: tl.constexpr, Y_SETS: tl.constexpr):
+    """Row and column of a program's tile, and its sets ``n [block, 1, 1]``, ``m [1, 1, m]``."""
+    i = tl.program_id(0) // column_tiles
+    j = tl.program_id(0) % column_tiles
+    n = i * X_SETS + tl.reshape(tl.arange(0, X_SETS), (X_SETS, 1, 1))
+    m = j * Y_SETS + tl.reshape(tl.arange(0, Y_SETS), (1, 1, Y_SETS))
+    return i, j, n, m
+
+
 @triton.jit(do_not_specialize=["N", "column_tiles"])
 def light_forward_kernel(
     x, y,  # descriptors of [N K, D] and [M L, D]
@@ -100,17 +110,12 @@ def light_forward_kernel(
 ):  # fmt: skip
     """A tile of pairs. What bounds of vectors say elsewhere is read off its scores."""
     scale, inverse = sharpness(alpha, ALPHA_ON_DEVICE)
-    i = tl.program_id(0) // column_tiles
-    j = tl.program_id(0) % column_tiles
-    X_SETS: tl.constexpr = ROWS // K
-    Y_SETS: tl.constexpr = COLUMNS // L
+    i, j, n, m = _place(column_tiles, ROWS // K, COLUMNS // L)
     c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D)
-    n = (i * X_SETS + tl.arange(0, X_SETS))[:, None, None]
-    m = (j * Y_SETS + tl.arange(0, Y_SETS))[None, None, :]
     target = out + n.to(tl.int64) * M + m
     exists = (n < N) & (m < M)
-    x_weight = tl.full((X_SETS, 1, 1), 0.5 / K, tl.float32)
-    y_weight = tl.full((1, 1, Y_SETS), 0.5 / L, tl.float32)
+    x_weight = tl.full((ROWS // K, 1, 1), 0.5 / K, tl.float32)
+    y_weight = tl.full((1, 1, COLUMNS // L), 0.5 / L, tl.float32)
     peak = largest(c)
     if peak * scale <= UNSHIFTED:
         s = similarity_unshifted(_axes(c, K, L), x_weight, y_weight, scale, inverse, False)
@@ -135,12 +140,7 @@ def light_weights_kernel(
 ):  # fmt: skip
     """A tile of W, times 2^WEIGHT_EXPONENT."""
     scale, _ = sharpness(alpha, ALPHA_ON_DEVICE)
-    i = tl.program_id(0) // column_tiles
-    j = tl.program_id(0) % column_tiles
-    X_SETS: tl.constexpr = ROWS // K
-    Y_SETS: tl.constexpr = COLUMNS // L
-    n = (i * X_SETS + tl.arange(0, X_SETS))[:, None, None]
-    m = (j * Y_SETS + tl.arange(0, Y_SETS))[None, None, :]
+    i, j, n, m = _place(column_tiles, ROWS // K, COLUMNS // L)
     source = grad + n.to(tl.int64) * stride_n + m.to(tl.int64) * stride_m
     g = tl.load(source, mask=(n < N) & (m < M), other=0).to(tl.float32) * power_of_two(WEIGHT_EXPONENT)
     c = _scores(x, y, i * ROWS, j * COLUMNS, features, ROWS, COLUMNS, BLOCK_D)
