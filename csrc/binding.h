@@ -15,11 +15,15 @@ namespace setemb {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A float64 or float32 0-dim tensor on the CPU holding a finite number > 0.
+// Of a 0-dim tensor on the CPU.
+inline double number(const Tensor& t) {
+  const Tensor as_double = t.scalar_type() == ScalarType::Double ? t : torch::stable::to(t, ScalarType::Double);
+  return *static_cast<const double*>(as_double.data_ptr());
+}
+
+// The same, a finite number > 0.
 inline double sharpness(const Tensor& alpha) {
-  const Tensor as_double =
-      alpha.scalar_type() == ScalarType::Double ? alpha : torch::stable::to(alpha, ScalarType::Double);
-  const double value = *static_cast<const double*>(as_double.data_ptr());
+  const double value = number(alpha);
   if (!(value > 0 && std::isfinite(value))) {
     throw std::invalid_argument("alpha: expected a finite number > 0, got " + std::to_string(value));
   }

@@ -276,6 +276,11 @@ def triton_absent() -> str:
     return ""
 
 
+def compiled_serves(x: Tensor) -> bool:
+    """Whether the compiled CPU module serves a tensor like this."""
+    return x.device.type == "cpu" and _CPU.module is not None
+
+
 def triton_serves(op: str) -> bool:
     """Whether Triton's kernels may serve an op on a GPU: they can, and nothing else was asked for by name."""
     (chosen,) = (backends.chosen for backends in OpBackends.all if backends.op == op)

@@ -101,6 +101,31 @@ class Measure(NamedTuple):
         )
         return a_rows.unpack(by_x) if need_x else by_x, b_rows.unpack(by_y) if need_y else by_y, by_alpha, by_bias
 
+    def contrast_backward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_mask: Tensor | None,
+        y_mask: Tensor | None,
+        loss: tuple[Tensor | None, ...],
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of x and y, empty ``[0]`` where not needed, and of alpha, and the sums of `losses.contrast`.
+
+        Of smooth_chamfer and mean alone; ``loss`` is what the op takes of a loss.
+        """
+        if self.kind == "smooth_chamfer":
+            found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.smooth_chamfer_contrast_backward(
+                x, y, self.alpha, x_mask, y_mask, *loss, *needs
+            )
+            return found
+        need_x, need_y, _ = needs
+        (a, x_share, some_x), (b, y_share, some_y) = _means(x, x_mask), _means(y, y_mask)
+        by_a, by_b, by_alpha, sums = ops.smooth_chamfer_contrast_backward(
+            a, b, self._sharpness(), some_x, some_y, *loss, need_x, need_y, False
+        )
+        return by_a * x_share if need_x else by_a, by_b * y_share if need_y else by_b, by_alpha, sums
+
     def _packed_arguments(self) -> tuple[Tensor, Tensor, str, bool]:
         return self._sharpness(), self.bias, self._packed_kind(), self.mean
 

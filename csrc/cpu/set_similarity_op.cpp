@@ -31,11 +31,6 @@ Tensor indices(const char* name, const Tensor& t) {
   return torch::stable::contiguous(t);
 }
 
-double number(const Tensor& t) {
-  const Tensor as_double = t.scalar_type() == ScalarType::Double ? t : torch::stable::to(t, ScalarType::Double);
-  return *static_cast<const double*>(as_double.data_ptr());
-}
-
 // Offsets from 0 that never decrease and stay within the rows.
 void check_offsets(const char* name, const int64_t* offsets, int64_t sets, int64_t rows) {
   bool good = offsets[0] == 0 && offsets[sets] <= rows;

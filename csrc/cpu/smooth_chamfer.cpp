@@ -18,6 +18,7 @@
 #include "parallel.h"
 #include "smooth_chamfer_blocks.h"
 #include "smooth_chamfer_tile.h"
+#include "smooth_chamfer_upstream.h"
 
 namespace setemb {
 namespace {
@@ -73,8 +74,10 @@ class SmoothChamfer {
     });
   }
 
-  // Sums into x_sum, y_sum and alpha, each null where not needed. With In other than T, x_sum is converted into x_out.
-  void backward(StridedMatrix grad, int shrink, T* x_sum, In* x_out, T* y_sum, double* alpha) {
+  // Sums into x_sum, y_sum and alpha, each null where not needed; x_out: that of x is wanted in In, times 2^shrink. The
+  // upstream gradient, and its sums, are those of smooth_chamfer_upstream.h.
+  template <class Upstream>
+  ContrastSums backward(const Upstream& upstream, int shrink, T* x_sum, In* x_out, T* y_sum, double* alpha) {
     const bool need_x = x_sum != nullptr || x_out != nullptr, need_y = y_sum != nullptr;
     const int64_t x_inner = need_y ? b_.x_inner() : 0, y_inner = need_x ? b_.y_inner() : 0;
     const int64_t tiles = std::max<int64_t>(1, Budget::tiles() / (tile_elements() * static_cast<int64_t>(sizeof(E))));
@@ -85,7 +88,8 @@ class SmoothChamfer {
     Packed<P> xs(x_part, b_.x_outer(), x_inner, 0), ys(y_part, b_.y_outer(), y_inner, b_.L * b_.y_sets);
     Buffer<E> store(need_y ? x_part * y_part * tile_elements() : 0);
     Buffer<T> part_sum(x_out != nullptr ? x_part * b_.x_sets * b_.K * b_.D : 0);
-    std::vector<double> entropy(alpha != nullptr ? b_.x_count : 0, 0.0);
+    std::vector<double> entropy(b_.x_count, 0.0);
+    std::vector<LaneSums<T>> sums(b_.x_count);
     for_each_part(xs, b_.x_count, x_part, [&] {
       T* const sum = x_out != nullptr   ? part_sum.get()
                      : x_sum == nullptr ? nullptr
@@ -99,7 +103,8 @@ class SmoothChamfer {
           const int64_t x = xs.first + task;
           for (int64_t y = ys.first; y < ys.last; ++y) {
             E* const kept = need_y ? tile_of(x, y) : nullptr;
-            weights_tile(xs, x, ys, y, grad, shrink, scratch_[worker], kept, alpha != nullptr ? &entropy[x] : nullptr);
+            weights_tile(xs, x, ys, y, upstream, scratch_[worker], kept, alpha != nullptr ? &entropy[x] : nullptr,
+                         sums[x]);
             if (need_x) add_to_x(x, ys, y, scratch_[worker], kept, sum + task * b_.x_sets * b_.K * b_.D);
           }
         });
@@ -119,36 +124,22 @@ class SmoothChamfer {
         convert(sum, x_out + first * b_.K * b_.D, (last - first) * b_.K * b_.D, shrink);
       }
     });
-    if (alpha != nullptr) {
-      for (double h : entropy) *alpha += h;
+    ContrastSums total = {};
+    for (int64_t x = 0; x < b_.x_count; ++x) {
+      if (alpha != nullptr) *alpha += entropy[x];
+      sums[x].add_to(total);
     }
+    return total;
   }
 
-  // By how many powers of two the upstream gradient is made smaller, so that no sum of g w y overflows.
-  int shrink_of(StridedMatrix grad) const {
-    const int64_t N = x_.batch.sets, M = y_.batch.sets;
-    std::vector<double> largest(N, 0.0);
-    run_tasks(div_up(N, 16), [&](int64_t task, int64_t) {
-      for (int64_t n = task * 16; n < std::min(N, task * 16 + 16); ++n) {
-        with_gradient(grad, n, 0, [&](const auto* g) {
-          for (int64_t m = 0; m < M; ++m)
-            largest[n] = std::max<double>(largest[n], std::abs(to_float(g[m * grad.column_stride])));
-        });
-      }
-    });
-    const double g = *std::max_element(largest.begin(), largest.end());
-    return excess_exponent<T>(exponent_of(g) + std::max(exponent_of(x_.largest()), exponent_of(y_.largest())),
-                              std::max(N * b_.K, M * b_.L));
+  // By how many powers of two an upstream gradient of at most `largest` is made smaller, so that no sum of g w y
+  // overflows.
+  int shrink_of(double largest) const {
+    return excess_exponent<T>(exponent_of(largest) + std::max(exponent_of(x_.largest()), exponent_of(y_.largest())),
+                              std::max(x_.batch.sets * b_.K, y_.batch.sets * b_.L));
   }
 
  private:
-  // Calls f with the address of an element of the upstream gradient, of type In or T.
-  template <class F>
-  static void with_gradient(StridedMatrix grad, int64_t n, int64_t m, const F& f) {
-    const int64_t offset = n * grad.row_stride + m * grad.column_stride;
-    grad.wide ? f(static_cast<const T*>(grad.data) + offset) : f(static_cast<const In*>(grad.data) + offset);
-  }
-
   // Elements of a tile of weights as it is kept for dY.
   int64_t tile_elements() const { return div_up(b_.rows, P::group) * b_.ld; }
 
@@ -231,34 +222,36 @@ class SmoothChamfer {
     ChamferEpilogue<T> epilogue(tile);
     const int64_t M = y_.batch.sets, first = y * b_.y_sets, width = std::min(b_.y_sets, M - first);
     T* const line = s.line.get();
-    // 2^exponent_ may not be a number of T, its halves are
-    const T low = static_cast<T>(std::ldexp(1.0, exponent_ / 2)),
-            high = static_cast<T>(std::ldexp(1.0, exponent_ - exponent_ / 2));
     for (int64_t n = 0; n < tile.sets; ++n) {
       epilogue.similarity(n, line);
       Out* const row = out + (x * b_.x_sets + n) * M + first;
-      for (int64_t m = 0; m < width; ++m) row[m] = saturate<Out>(line[m] * low * high);
+      for (int64_t m = 0; m < width; ++m) row[m] = saturate<Out>(line[m] * low_ * high_);
     }
   }
 
+  // Similarities from those of scaled scores.
+  Vec<T> in_range(Vec<T> s) const {
+    const Vec<T> largest = splat(Format<T>::largest);
+    return at_most<T>(at_least<T>(s * low_ * high_, -largest), largest);
+  }
+
   // Makes the weights of one tile: in s.tile, and where dY needs them in `kept`, as add_to_y reads them.
-  void weights_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, StridedMatrix grad, int shrink,
-                    Scratch<P>& s, E* kept, double* entropy) const {
+  template <class Upstream>
+  void weights_tile(const Packed<P>& xs, int64_t x, const Packed<P>& ys, int64_t y, const Upstream& upstream,
+                    Scratch<P>& s, E* kept, double* entropy, LaneSums<T>& sums) const {
     T* scores = s.tile.get();
     if constexpr (P::group == 1) scores = kept != nullptr ? kept : scores;
     const ChamferTile<T> tile = score_tile(xs, x, ys, y, s, scores);
     ChamferEpilogue<T> epilogue(tile);
     const int64_t first = y * b_.y_sets, width = std::min(b_.y_sets, y_.batch.sets - first);
-    const T scale = static_cast<T>(std::ldexp(1.0, -shrink));
-    T* const line = s.line.get();
     double sum = 0;
-    std::fill_n(line, b_.y_sets, T(0));
     for (int64_t n = 0; n < tile.sets; ++n) {
-      with_gradient(grad, x * b_.x_sets + n, first, [&](const auto* g) {
-        for (int64_t m = 0; m < width; ++m) line[m] = to_float(g[m * grad.column_stride]) * scale;
-      });
-      entropy != nullptr ? epilogue.template weights<true>(n, line, sum)
-                         : epilogue.template weights<false>(n, line, sum);
+      const auto row = upstream.row(x * b_.x_sets + n, first, width, s.line.get(), sums);
+      const auto gradient = [&](int64_t m, const auto& similarity) {
+        return row(m, [&] { return in_range(similarity()); });
+      };
+      entropy != nullptr ? epilogue.template weights<true>(n, gradient, sum)
+                         : epilogue.template weights<false>(n, gradient, sum);
     }
     if (entropy != nullptr) *entropy += sum;
     if constexpr (P::group == 2)
@@ -296,13 +289,14 @@ class SmoothChamfer {
 
  public:
   // Out of range a gradient becomes infinite, as of any other op: a loss scaler looks for that.
-  static void convert(const T* sum, In* out, int64_t count, int shrink) {
+  template <class Out>
+  static void convert(const T* sum, Out* out, int64_t count, int shrink) {
     const T low = static_cast<T>(std::ldexp(1.0, shrink / 2)),
             high = static_cast<T>(std::ldexp(1.0, shrink - shrink / 2));
     constexpr int64_t piece = 1 << 16;
     run_tasks(div_up(count, piece), [&](int64_t task, int64_t) {
       for (int64_t i = task * piece; i < std::min(count, (task + 1) * piece); ++i)
-        out[i] = round_to<In>(sum[i] * low * high);
+        out[i] = round_to<Out>(sum[i] * low * high);
     });
   }
 
@@ -312,6 +306,9 @@ class SmoothChamfer {
   const Blocks<P> b_;
   const double alpha_;
   const int exponent_;
+  // 2^exponent_ may not be a number of T, its halves are
+  const T low_ = static_cast<T>(std::ldexp(1.0, exponent_ / 2)),
+          high_ = static_cast<T>(std::ldexp(1.0, exponent_ - exponent_ / 2));
   const bool masked_;
   std::vector<T> y_weight_;              // as y_.weight, padded to whole blocks
   std::vector<double> x_norm_, y_norm_;  // of the longest vector of a block
@@ -352,21 +349,42 @@ void backward_as(ChamferProblem problem, StridedMatrix grad, ChamferGradients ou
     if (out.x == nullptr && out.alpha == nullptr) return;
   }
   with_policy<In>(problem, [&](auto& op) {
-    const int shrink = op.shrink_of(grad);
+    GivenGradient<In, T> upstream(grad);
+    const int shrink = op.shrink_of(upstream.largest(problem.x.sets, problem.y.sets));
+    upstream.shrink(shrink);
     double entropy = 0;
     double* const alpha = out.alpha != nullptr ? &entropy : nullptr;
     In *const x = static_cast<In*>(out.x), *const y = static_cast<In*>(out.y);
     if constexpr (direct) {
-      op.backward(grad, shrink, x, nullptr, y, alpha);
+      op.backward(upstream, shrink, x, nullptr, y, alpha);
       if (shrink != 0 && x != nullptr) op.convert(x, x, x_size, shrink);
       if (shrink != 0 && y != nullptr) op.convert(y, y, y_size, shrink);
     } else {
       Buffer<T> y_sum(y != nullptr ? y_size : 0);
-      op.backward(grad, shrink, nullptr, x, y != nullptr ? y_sum.get() : nullptr, alpha);
+      op.backward(upstream, shrink, nullptr, x, y != nullptr ? y_sum.get() : nullptr, alpha);
       if (y != nullptr) op.convert(y_sum.get(), y, y_size, shrink);
     }
     if (alpha != nullptr) *out.alpha = -std::ldexp(entropy, shrink) / problem.alpha / problem.alpha;
   });
+}
+
+template <class In>
+ContrastSums contrast_backward_as(const ChamferProblem& problem, const Contrast& loss, const ChamferGradients& out) {
+  using T = AccOf<In>;
+  ContrastSums sums = {};
+  with_policy<In>(problem, [&](auto& op) {
+    ContrastGradient<T> upstream(loss, problem.x.sets, problem.y.sets);
+    const int shrink = op.shrink_of(upstream.largest(problem.x.sets, problem.y.sets));
+    upstream.shrink(shrink);
+    double entropy = 0;
+    T *const x = static_cast<T*>(out.x), *const y = static_cast<T*>(out.y);
+    sums = op.backward(upstream, shrink, x, nullptr, y, out.alpha != nullptr ? &entropy : nullptr);
+    for (const auto& [sum, side] : {std::pair(x, &problem.x), std::pair(y, &problem.y)}) {
+      if (shrink != 0 && sum != nullptr) op.convert(sum, sum, side->sets * side->vectors * problem.features, shrink);
+    }
+    if (out.alpha != nullptr) *out.alpha = -std::ldexp(entropy, shrink) / problem.alpha / problem.alpha;
+  });
+  return sums;
 }
 
 }  // namespace
@@ -383,6 +401,13 @@ void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* ou
 void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad,
                              const ChamferGradients& out) {
   with_type(dtype, [&](auto zero) { backward_as<decltype(zero)>(problem, grad, out); });
+}
+
+ContrastSums smooth_chamfer_contrast_backward(DType dtype, const ChamferProblem& problem, const Contrast& loss,
+                                              const ChamferGradients& out) {
+  ContrastSums sums = {};
+  with_type(dtype, [&](auto zero) { sums = contrast_backward_as<decltype(zero)>(problem, loss, out); });
+  return sums;
 }
 
 }  // namespace setemb

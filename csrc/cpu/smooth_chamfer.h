@@ -36,10 +36,29 @@ struct ChamferGradients {
   double* alpha;
 };
 
+// A loss whose derivative by a logit z = scale s + bias follows from s and what is known of the row and the column. The
+// formulas: setemb_kernels/losses/contrast.py.
+struct Contrast {
+  double scale, bias, weight;
+  // Of the type that sums are accumulated in, contiguous [2, N] and [2, M]: log-sum-exps of negatives, and weights.
+  // Without rows every pair is judged by itself; without columns they do not compete.
+  const void *rows, *columns;
+  const int64_t *x_ids, *y_ids;  // pairs of equal ids are positive; null: those of equal places
+};
+
+// Sums over all pairs of dL/dz s and dL/dz.
+struct ContrastSums {
+  double by_scale, by_bias;
+};
+
 // out is contiguous [N, M], of dtype or, if `wide`, of what sums are accumulated in.
 void smooth_chamfer_forward(DType dtype, const ChamferProblem& problem, void* out, bool wide);
 void smooth_chamfer_backward(DType dtype, const ChamferProblem& problem, StridedMatrix grad,
                              const ChamferGradients& out);
+
+// With that loss as the upstream gradient. What `out` has is of the type that sums are accumulated in.
+ContrastSums smooth_chamfer_contrast_backward(DType dtype, const ChamferProblem& problem, const Contrast& loss,
+                                              const ChamferGradients& out);
 
 // What y may be stored in where it is only searched; int8 has a scale for each vector.
 enum class StoredType { kFloat32, kBFloat16, kFloat16, kInt8 };

@@ -1,6 +1,7 @@
 // smooth_chamfer as torch calls it on the CPU.
 #include "smooth_chamfer.h"
 
+#include <string>
 #include <tuple>
 
 #include "ops.h"
@@ -97,12 +98,69 @@ std::tuple<Tensor, Tensor, Tensor> smooth_chamfer_backward_(const Tensor& grad, 
   return {grad_x, grad_y, grad_alpha};
 }
 
+// [2, sets] or none.
+const void* statistics(const char* name, const std::optional<Tensor>& t, const Tensor& sets) {
+  if (!t.has_value()) return nullptr;
+  if (t->scalar_type() != accumulated_in(sets.scalar_type()) || t->dim() != 2 || t->size(0) != 2 ||
+      t->size(1) != sets.size(0))
+    throw std::invalid_argument(std::string(name) + ": expected [2, sets] of the type that sums are accumulated in");
+  return t->data_ptr();
+}
+
+const int64_t* ids(const char* name, const std::optional<Tensor>& t, const Tensor& sets) {
+  if (!t.has_value()) return nullptr;
+  if (t->scalar_type() != ScalarType::Long || t->dim() != 1 || t->size(0) != sets.size(0))
+    throw std::invalid_argument(std::string(name) + ": expected an int64 for each set");
+  return static_cast<const int64_t*>(t->data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> smooth_chamfer_contrast_backward_(
+    const Tensor& x, const Tensor& y, const Tensor& alpha, const std::optional<Tensor>& x_mask,
+    const std::optional<Tensor>& y_mask, const Tensor& scale, const Tensor& bias, const Tensor& weight,
+    const std::optional<Tensor>& rows_in, const std::optional<Tensor>& columns_in,
+    const std::optional<Tensor>& x_group_in, const std::optional<Tensor>& y_group_in, bool need_x, bool need_y,
+    bool need_alpha) {
+  const ChamferArguments args(x, y, alpha, x_mask, y_mask);
+  const std::optional<Tensor> rows = contiguous(rows_in), columns = contiguous(columns_in);
+  const std::optional<Tensor> x_group = contiguous(x_group_in), y_group = contiguous(y_group_in);
+  const Contrast loss = {number(scale),
+                         number(bias),
+                         number(weight),
+                         statistics("rows", rows, x),
+                         statistics("columns", columns, y),
+                         ids("x_group", x_group, x),
+                         ids("y_group", y_group, y)};
+  if (x_group.has_value() != y_group.has_value() || (columns.has_value() && !rows.has_value()))
+    throw std::invalid_argument("expected ids of both sides or of none, and columns only beside rows");
+  const auto gradient = [&](const Tensor& of, bool need) {
+    const ScalarType type = accumulated_in(of.scalar_type());
+    if (!need) return torch::stable::new_empty(of, {0}, type);
+    return args.empty() ? torch::stable::new_zeros(of, of.sizes(), type)
+                        : torch::stable::new_empty(of, of.sizes(), type);
+  };
+  Tensor grad_x = gradient(x, need_x), grad_y = gradient(y, need_y);
+  Tensor grad_alpha = torch::stable::new_zeros(alpha, {}, ScalarType::Double);
+  Tensor sums = torch::stable::new_zeros(alpha, {2}, ScalarType::Double);
+  if (!args.empty()) {
+    double alpha_sum = 0;
+    const ContrastSums found = smooth_chamfer_contrast_backward(
+        dtype_of(x), args.problem, loss,
+        {need_x ? grad_x.mutable_data_ptr() : nullptr, need_y ? grad_y.mutable_data_ptr() : nullptr,
+         need_alpha ? &alpha_sum : nullptr});
+    static_cast<double*>(sums.mutable_data_ptr())[0] = found.by_scale;
+    static_cast<double*>(sums.mutable_data_ptr())[1] = found.by_bias;
+    torch::stable::fill_(grad_alpha, alpha_sum);
+  }
+  return {grad_x, grad_y, grad_alpha, sums};
+}
+
 }  // namespace
 
 void register_smooth_chamfer(StableLibrary& library) {
   library.impl("smooth_chamfer", TORCH_BOX(&smooth_chamfer));
   library.impl("smooth_chamfer_mixed", TORCH_BOX(&smooth_chamfer_mixed_));
   library.impl("smooth_chamfer_backward", TORCH_BOX(&smooth_chamfer_backward_));
+  library.impl("smooth_chamfer_contrast_backward", TORCH_BOX(&smooth_chamfer_contrast_backward_));
 }
 
 }  // namespace setemb

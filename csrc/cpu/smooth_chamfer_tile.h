@@ -71,13 +71,13 @@ class ChamferEpilogue {
       store(out + m, t_.masked ? similarity<true>(n, m) : similarity<false>(n, m));
   }
 
-  // Replaces the scores of set n by the weights g ds/dc, zero for vectors that are not valid. Where kAlpha, adds
+  // Replaces the scores of set n by the weights g ds/dc, zero for vectors that are not valid, with g from a function of
+  // (m, similarity) as in smooth_chamfer_upstream.h. Where kAlpha, adds
   // g (1/(2|X|) sum_k H(p_k) + 1/(2|Y|) sum_l H(q_l)) for every set of y to `entropy`.
-  template <bool kAlpha>
-  void weights(int64_t n, const T* grad, double& entropy) {
+  template <bool kAlpha, class Gradient>
+  void weights(int64_t n, const Gradient& gradient, double& entropy) {
     for (int64_t m = 0; m < t_.width; m += lanes) {
-      const V g = load(grad + m);
-      const V h = t_.masked ? weights<true, kAlpha>(n, m, g) : weights<false, kAlpha>(n, m, g);
+      const V h = t_.masked ? weights<true, kAlpha>(n, m, gradient) : weights<false, kAlpha>(n, m, gradient);
       if (kAlpha) {
         for (int i = 0; i < lanes; ++i) entropy += static_cast<double>(h[i]);
       }
@@ -99,6 +99,13 @@ class ChamferEpilogue {
       maxima = shifts<kMasked>(n, m);
       shifted_sums<kMasked, false>(n, m);
     }
+    return from_sums<kMasked>(n, m, maxima);
+  }
+
+  // From row_sum_ and column_sum_, and the weighted sum of the maxima.
+  template <bool kMasked>
+  V from_sums(int64_t n, int64_t m, V maxima) const {
+    const V x_weight = splat(t_.x_weight[n]), y_weight = load(t_.y_weight + m);
     LogProduct<T> rows, columns;
     for (int64_t k = 0; k < t_.K; ++k) {
       if (!kMasked || row_valid(n, k)) rows.multiply(row_sum_[k]);
@@ -110,8 +117,10 @@ class ChamferEpilogue {
     return kMasked ? (x_weight * y_weight > 0 ? s : V{}) : s;
   }
 
-  template <bool kMasked, bool kAlpha>
-  V weights(int64_t n, int64_t m, V g) {
+  template <bool kMasked, bool kAlpha, class Gradient>
+  V weights(int64_t n, int64_t m, const Gradient& gradient) {
+    const bool dot_product = t_.K == 1 && t_.L == 1 && t_.shared_shift;
+    const V only = dot_product ? similarity<kMasked>(n, m) : V{};  // of one vector with one, exactly
     V maxima = V{};
     if (t_.shared_shift) {
       shared_sums<kMasked, true, kAlpha>(n, m);
@@ -119,6 +128,7 @@ class ChamferEpilogue {
       maxima = shifts<kMasked>(n, m);
       shifted_sums<kMasked, kAlpha>(n, m);
     }
+    const V g = gradient(m, [&] { return dot_product ? only : from_sums<kMasked>(n, m, maxima); });
     const V poison = maxima - maxima;  // 0, or NaN where a vector holds one
     const V x_factor = g * t_.x_weight[n], y_factor = g * load(t_.y_weight + m);
     V entropy = V{};

@@ -9,7 +9,7 @@ and P the number of positive pairs:
              =  w (R_n e^(z - L_n) + C_m e^(z - L_m))                      for a negative one
 
 where ``R_n`` and ``C_m`` sum ``sigmoid(L - z)`` over the positives of a row, of a column. So L, R and C are all that
-the forward has to keep: ``2 (N + M)`` numbers.
+the forward has to keep: ``2 (N + M)`` numbers. `contrast` does the backward.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from setemb_kernels.losses import contrast
 from setemb_kernels.losses._op import define_loss
 from setemb_kernels.losses.tiles import Gradients, Sets
 
@@ -73,14 +74,10 @@ def add_gradients(
 ) -> Tensor:
     """Add ``weight`` times the gradients of the sum of all pairs' costs, given log-sum-exps and weights ``[2, N]``,
     ``[2, M]``; returns the gradient of the temperature."""
-    weight = weight * scale / (2 if symmetric else 1)
-    by_scale = torch.zeros((), dtype=torch.float64, device=sets.x.device)
-    for r, c in sets.tiles():
-        s = sets.similarity(r, c)
-        g, part = sets.kernels.infonce_gradients(s, sets.ids(r, c), scale, weight, rows[:, r], columns[:, c], symmetric)
-        by_scale += part
-        gradients.add_tile(r, c, g)
-    return -by_scale * scale
+    weight = weight / 2 if symmetric else weight
+    loss = contrast.Contrast(scale, torch.zeros_like(scale), weight, rows, columns if symmetric else None)
+    by_scale = contrast.add_gradients(sets, gradients, loss)[0]
+    return -by_scale * scale * scale
 
 
 def _fake_state(sets: Sets, *options: object) -> tuple[Tensor, Tensor]:

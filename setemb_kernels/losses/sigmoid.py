@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from setemb_kernels.losses import contrast
 from setemb_kernels.losses._op import define_loss
 from setemb_kernels.losses.tiles import Gradients, Sets
 
@@ -37,14 +38,7 @@ def total(sets: Sets, scale: Tensor, bias: Tensor) -> Tensor:
 def add_gradients(sets: Sets, gradients: Gradients, weight: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
     """Add ``weight`` times the gradients of `total`; returns those of scale and bias."""
     scale, bias = (v.to(sets.x.device, sets.dtype) for v in (scale, bias))
-    by_scale, by_bias = torch.zeros(2, dtype=torch.float64, device=sets.x.device)
-    for r, c in sets.tiles():
-        s = sets.similarity(r, c)
-        g, *parts = sets.kernels.sigmoid_gradients(s, sets.ids(r, c), scale, bias, weight)
-        by_scale += parts[0]
-        by_bias += parts[1]
-        gradients.add_tile(r, c, g)
-    return [by_scale, by_bias]
+    return list(contrast.add_gradients(sets, gradients, contrast.Contrast(scale, bias, weight)))
 
 
 def _fake_state(sets: Sets, *options: object) -> tuple[Tensor, Tensor]:

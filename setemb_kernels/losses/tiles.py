@@ -124,10 +124,38 @@ class Gradients:
 
     def __init__(self, sets: Sets, need_x: bool, need_y: bool, need_alpha: bool, need_bias: bool) -> None:
         self.sets, self.needs = sets, (need_x, need_y, need_alpha, need_bias)
-        self.x = torch.zeros_like(sets.x, dtype=sets.dtype) if need_x else sets.x.new_empty(0)
-        self.y = torch.zeros_like(sets.y, dtype=sets.dtype) if need_y else sets.y.new_empty(0)
+        self._sums: dict[str, Tensor] = {}
         # on the device of x, whichever those of alpha and bias are: nothing waits for a sum that is under way
         self.alpha, self.bias = torch.zeros(2, dtype=torch.float64, device=sets.x.device)
+
+    @property
+    def x(self) -> Tensor:
+        """``[N, K, D]``, zeros at first."""
+        return self._sum("x")
+
+    @property
+    def y(self) -> Tensor:
+        return self._sum("y")
+
+    @y.setter
+    def y(self, total: Tensor) -> None:
+        self._sums["y"] = total
+
+    def _sum(self, name: str) -> Tensor:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(getattr(self.sets, name), dtype=self.sets.dtype)
+        return self._sums[name]
+
+    def add(self, x: Tensor, y: Tensor, alpha: Tensor) -> None:
+        """Gradients of whole x and y in `Sets.dtype`, which become the sums where there are none yet."""
+        need_x, need_y, need_alpha, _ = self.needs
+        for name, need, part in (("x", need_x, x), ("y", need_y, y)):
+            if need and name in self._sums:
+                self._sums[name].add_(part)
+            elif need:
+                self._sums[name] = part
+        if need_alpha:
+            self.alpha += alpha
 
     def add_tile(self, rows: slice, columns: slice, by_similarity: Tensor) -> None:
         """From the gradients ``[n, m]`` of the similarities of a tile."""
@@ -147,16 +175,18 @@ class Gradients:
 
     def beside(self, sets: Sets) -> Gradients:
         """For the same x and alpha, whose sums go on, next to another y, whose own start at 0."""
-        other = Gradients(sets, False, self.needs[1], False, False)
-        other.needs, other.x, other.alpha, other.bias = self.needs, self.x, self.alpha, self.bias
+        other = Gradients(sets, *self.needs)
+        other.alpha, other.bias = self.alpha, self.bias
+        if self.needs[0]:
+            other._sums["x"] = self.x
         return other
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """In the dtypes of x, y, alpha and bias; one that is not needed is empty ``[0]``."""
         s, (need_x, need_y, need_alpha, need_bias) = self.sets, self.needs
         return (
-            self.x.to(s.x.dtype) if need_x else self.x,
-            self.y.to(s.y.dtype) if need_y else self.y,
+            self.x.to(s.x.dtype) if need_x else s.x.new_empty(0),
+            self.y.to(s.y.dtype) if need_y else s.y.new_empty(0),
             self.alpha.to(s.alpha.device, s.alpha.dtype) if need_alpha else s.alpha.new_empty(0),
             self.bias.to(s.bias.device, s.bias.dtype) if need_bias else s.bias.new_empty(0),
         )

@@ -42,22 +42,23 @@ def add_negatives(
 
 
 def infonce_gradients(
-    s: Tensor, ids: Ids, scale: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, symmetric: bool
+    s: Tensor, ids: Ids, scale: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``g [n, m]``, `weight` times what `infonce` says, from log-sum-exps and weights ``[2, n]`` and ``[2, m]``; and
-    the sum of ``g s`` in float64."""
+    """The gradients of s ``[n, m]`` that `contrast` says, from log-sum-exps and weights ``[2, n]`` and ``[2, m]``, and
+    that of scale in float64."""
     z = s * scale
-    (row_lse, row_weight), (column_lse, column_weight) = rows, columns
+    row_lse, row_weight = rows
     n, m = ids.positive().nonzero(as_tuple=True)
     pull = (row_lse[n] - z[n, m]).sigmoid()
-    if symmetric:
+    by_z = (z - row_lse[:, None]).exp_().mul_(row_weight[:, None])
+    if columns is not None:
+        column_lse, column_weight = columns
         pull += (column_lse[m] - z[n, m]).sigmoid()
-    g = (z - row_lse[:, None]).exp_().mul_(row_weight[:, None])
-    if symmetric:
-        g += z.sub_(column_lse).exp_().mul_(column_weight)
-    g[n, m] = -pull
-    g *= weight
-    return g, (g * s).sum(dtype=torch.float64)
+        by_z += z.sub_(column_lse).exp_().mul_(column_weight)
+    by_z[n, m] = -pull
+    by_z *= weight
+    by_scale = s.mul_(by_z).sum(dtype=torch.float64)
+    return by_z.mul_(scale), by_scale
 
 
 def sigmoid_cost(s: Tensor, ids: Ids, scale: Tensor, bias: Tensor) -> Tensor:

@@ -50,10 +50,12 @@ def add_negatives(
 
 
 def infonce_gradients(
-    s: Tensor, ids: Ids, scale: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, symmetric: bool
+    s: Tensor, ids: Ids, scale: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     down, across = _blocks(s)
     parts = s.new_empty(down * across)
+    symmetric = columns is not None
+    columns = rows if columns is None else columns  # not read
     with torch.cuda.device_of(s):
         _triton.launch(
             kernels.infonce_gradient_kernel, (across, down),

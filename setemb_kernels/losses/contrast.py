@@ -1,0 +1,114 @@
+r"""The backward pass of losses whose derivative by a logit follows from that logit, and a few numbers of its row and
+column: InfoNCE and sigmoid.
+
+With logits ``z = scale s + bias``, of all pairs of a row n and a column m, ``dL/dz = weight h``:
+
+    InfoNCE (see `infonce`)   h = -(sigmoid(L_n - z) + sigmoid(L_m - z))    for a positive pair
+                                =  R_n e^(z - L_n) + C_m e^(z - L_m)        for a negative one
+    sigmoid (see `sigmoid`)   h = -sigmoid(-z), sigmoid(z)                  for a positive, a negative pair
+
+so ``dL/ds = scale weight h``. Where a compiled kernel serves, one op does all of the backward: it makes a tile of
+scores, from them the similarities, from those h, and at once the gradients: three products, where similarities first
+and their backward after that take four, as scores are made for each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from setemb_kernels._library import define, forbid_double_backward, implement
+from setemb_kernels.backends import compiled_serves
+from setemb_kernels.losses.tiles import Gradients, Sets
+
+BACKWARD = "setemb::smooth_chamfer_contrast_backward"
+define(
+    BACKWARD,
+    "(Tensor x, Tensor y, Tensor alpha, Tensor? x_mask, Tensor? y_mask, Tensor scale, Tensor bias, Tensor weight,"
+    " Tensor? rows, Tensor? columns, Tensor? x_group, Tensor? y_group, bool need_x, bool need_y, bool need_alpha)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+class Contrast(NamedTuple):
+    """One of these losses: 0-dim numbers, and ``[2, N]``, ``[2, M]`` log-sum-exps L and weights R and C; without rows
+    it is the sigmoid loss, without columns rows alone compete. All in `Sets.dtype`, on the device of the sets."""
+
+    scale: Tensor
+    bias: Tensor
+    weight: Tensor
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+def add_gradients(sets: Sets, gradients: Gradients, loss: Contrast) -> Tensor:
+    """Add the gradients of a loss; returns ``[2]`` in float64, the sums over all pairs of ``dL/dz s`` and ``dL/dz``:
+    the gradients of scale and bias."""
+    if sets.kind in ("smooth_chamfer", "mean") and compiled_serves(sets.x):
+        need_x, need_y, need_alpha, _ = gradients.needs
+        ids = (None if group is None else group.long() for group in (sets.x_group, sets.y_group))
+        x, y, alpha, sums = sets.measure.contrast_backward(
+            sets.x, sets.y, sets.x_mask, sets.y_mask, (*loss, *ids), (need_x, need_y, need_alpha)
+        )
+        gradients.add(x, y, alpha)
+        return sums
+    return _add_tiles(sets, gradients, loss)
+
+
+def _add_tiles(sets: Sets, gradients: Gradients, loss: Contrast) -> Tensor:
+    """The same from similarities of a tile at a time, whatever serves those."""
+    sums = torch.zeros(2, dtype=torch.float64, device=sets.x.device)
+    scale, bias, weight, rows, columns = loss
+    for r, c in sets.tiles():
+        s, ids = sets.similarity(r, c), sets.ids(r, c)
+        if rows is None:
+            g, *parts = sets.kernels.sigmoid_gradients(s, ids, scale, bias, weight)
+            sums += torch.stack(parts)
+        else:
+            of_columns = None if columns is None else columns[:, c]
+            g, by_scale = sets.kernels.infonce_gradients(s, ids, scale, weight, rows[:, r], of_columns)
+            sums[0] += by_scale
+        gradients.add_tile(r, c, g)
+    return sums
+
+
+@implement(BACKWARD)
+def _(
+    x: Tensor,
+    y: Tensor,
+    alpha: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    x_group: Tensor | None,
+    y_group: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+    need_alpha: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sets = Sets(x, y, alpha, alpha, x_mask, y_mask, x_group, y_group)
+    gradients = Gradients(sets, need_x, need_y, need_alpha, False)
+    sums = _add_tiles(sets, gradients, Contrast(scale, bias, weight, rows, columns))
+    nothing = x.new_empty(0, dtype=sets.dtype)
+    return gradients.x if need_x else nothing, gradients.y if need_y else nothing.clone(), gradients.alpha, sums
+
+
+@torch.library.register_fake(BACKWARD)
+def _(x: Tensor, y: Tensor, alpha: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_x, need_y, _ = args[-3:]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(x.shape if need_x else 0, dtype=dtype),
+        y.new_empty(y.shape if need_y else 0, dtype=dtype),
+        x.new_empty((), dtype=torch.float64),
+        x.new_empty(2, dtype=torch.float64),
+    )
+
+
+forbid_double_backward(BACKWARD)
