@@ -2,8 +2,9 @@
 
 What losses, search and ranks call.
 
-All pairs of smooth-Chamfer go to ``setemb::smooth_chamfer``; a mean over all pairs of vectors is the dot product of the
-means, which is smooth-Chamfer of sets of one vector; everything else goes to ``setemb::set_similarity``.
+All pairs of smooth-Chamfer go to ``setemb::smooth_chamfer``, unless sets are long; a mean over all pairs of vectors is
+the dot product of the means, which is smooth-Chamfer of sets of one vector; everything else goes to
+``setemb::set_similarity``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from setemb_kernels import _check
 from setemb_kernels._direct import ops
+from setemb_kernels.backends import compiled_serves
 from setemb_kernels.ops.set_similarity import reference
 from setemb_kernels.ops.set_similarity.op import Kind
+from setemb_kernels.ops.smooth_chamfer.op import streams
 
 MOST_BATCHED_SCORES = 1024
 """Of a pair of sets, for `_batched`."""
@@ -57,7 +60,7 @@ class Measure(NamedTuple):
         if self.kind == "mean":
             (x, _, x_mask), (y, _, y_mask) = _means(x, x_mask), _means(y, y_mask)
         s: Tensor
-        if self.kind in ("smooth_chamfer", "mean") and not paired:
+        if self.kind in ("smooth_chamfer", "mean") and not paired and not streams(x, y):
             s = ops.smooth_chamfer(x, y, self._sharpness(), x_mask, y_mask, True)
             return s
         if paired and _batched(x, y):
@@ -87,7 +90,7 @@ class Measure(NamedTuple):
             by_a, by_b, *_ = dot.backward(grad, a, b, some_x, some_y, (need_x, need_y, False, False), paired)
             nothing = self.alpha.new_zeros(() if need_alpha else 0), self.bias.new_zeros(() if need_bias else 0)
             return by_a * x_share if need_x else by_a, by_b * y_share if need_y else by_b, *nothing
-        if self.kind == "smooth_chamfer" and not paired:
+        if self.kind == "smooth_chamfer" and not paired and not streams(x, y):
             found = ops.smooth_chamfer_backward(grad, x, y, self.alpha, x_mask, y_mask, need_x, need_y, need_alpha)
             return *found, self.bias.new_zeros(() if need_bias else 0)
         if paired and _batched(x, y):
@@ -101,6 +104,10 @@ class Measure(NamedTuple):
         )
         return a_rows.unpack(by_x) if need_x else by_x, b_rows.unpack(by_y) if need_y else by_y, by_alpha, by_bias
 
+    def has_contrast(self, x: Tensor, y: Tensor) -> bool:
+        """Whether `contrast_backward` serves such sets."""
+        return compiled_serves(x) and (self.kind == "mean" or (self.kind == "smooth_chamfer" and not streams(x, y)))
+
     def contrast_backward(
         self,
         x: Tensor,
@@ -112,7 +119,7 @@ class Measure(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of x and y, empty ``[0]`` where not needed, and of alpha, and the sums of `losses.contrast`.
 
-        Of smooth_chamfer and mean alone; ``loss`` is what the op takes of a loss.
+        ``loss`` is what the op takes of a loss.
         """
         if self.kind == "smooth_chamfer":
             found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.smooth_chamfer_contrast_backward(

@@ -372,18 +372,30 @@ template <class In>
 ContrastSums contrast_backward_as(const ChamferProblem& problem, const Contrast& loss, const ChamferGradients& out) {
   using T = AccOf<In>;
   ContrastSums sums = {};
-  with_policy<In>(problem, [&](auto& op) {
-    ContrastGradient<T> upstream(loss, problem.x.sets, problem.y.sets);
-    const int shrink = op.shrink_of(upstream.largest(problem.x.sets, problem.y.sets));
-    upstream.shrink(shrink);
-    double entropy = 0;
-    T *const x = static_cast<T*>(out.x), *const y = static_cast<T*>(out.y);
-    sums = op.backward(upstream, shrink, x, nullptr, y, out.alpha != nullptr ? &entropy : nullptr);
-    for (const auto& [sum, side] : {std::pair(x, &problem.x), std::pair(y, &problem.y)}) {
-      if (shrink != 0 && sum != nullptr) op.convert(sum, sum, side->sets * side->vectors * problem.features, shrink);
+  if (problem.x.vectors == 0 || problem.y.vectors == 0) {  // all similarities are 0, and count
+    const ContrastGradient<T> upstream(loss, problem.x.sets, problem.y.sets);
+    LaneSums<T> lanes;
+    for (int64_t n = 0; n < problem.x.sets; ++n) {
+      const auto row = upstream.row(n, 0, problem.y.sets, nullptr, lanes);
+      for (int64_t m = 0; m < problem.y.sets; m += kLanes<T>) row(m, [] { return Vec<T>{}; });
     }
-    if (out.alpha != nullptr) *out.alpha = -std::ldexp(entropy, shrink) / problem.alpha / problem.alpha;
-  });
+    lanes.add_to(sums);
+  } else {
+    with_policy<In>(problem, [&](auto& op) {
+      ContrastGradient<T> upstream(loss, problem.x.sets, problem.y.sets);
+      const int shrink = op.shrink_of(upstream.largest(problem.x.sets, problem.y.sets));
+      upstream.shrink(shrink);
+      double entropy = 0;
+      T *const x = static_cast<T*>(out.x), *const y = static_cast<T*>(out.y);
+      sums = op.backward(upstream, shrink, x, nullptr, y, out.alpha != nullptr ? &entropy : nullptr);
+      for (const auto& [sum, side] : {std::pair(x, &problem.x), std::pair(y, &problem.y)}) {
+        if (shrink != 0 && sum != nullptr) op.convert(sum, sum, side->sets * side->vectors * problem.features, shrink);
+      }
+      if (out.alpha != nullptr) *out.alpha = -std::ldexp(entropy, shrink) / problem.alpha / problem.alpha;
+    });
+  }
+  sums.by_scale *= loss.weight;
+  sums.by_bias *= loss.weight;
   return sums;
 }
 

@@ -46,7 +46,7 @@ struct Contrast {
   const int64_t *x_ids, *y_ids;  // pairs of equal ids are positive; null: those of equal places
 };
 
-// Sums over all pairs of dL/dz s and dL/dz.
+// Sums over all pairs of dL/dz s and, without rows, of dL/dz.
 struct ContrastSums {
   double by_scale, by_bias;
 };

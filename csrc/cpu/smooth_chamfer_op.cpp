@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> smooth_chamfer_contrast_backward_(
   Tensor grad_x = gradient(x, need_x), grad_y = gradient(y, need_y);
   Tensor grad_alpha = torch::stable::new_zeros(alpha, {}, ScalarType::Double);
   Tensor sums = torch::stable::new_zeros(alpha, {2}, ScalarType::Double);
-  if (!args.empty()) {
+  if (x.size(0) != 0 && y.size(0) != 0) {
     double alpha_sum = 0;
     const ContrastSums found = smooth_chamfer_contrast_backward(
         dtype_of(x), args.problem, loss,

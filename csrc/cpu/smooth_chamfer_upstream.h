@@ -91,11 +91,7 @@ class ContrastGradient {
 
  public:
   ContrastGradient(const Contrast& loss, int64_t N, int64_t M)
-      : loss_(loss),
-        N_(N),
-        scale_(static_cast<T>(loss.scale)),
-        bias_(static_cast<T>(loss.bias)),
-        weight_(static_cast<T>(loss.weight)) {
+      : loss_(loss), N_(N), scale_(static_cast<T>(loss.scale)), bias_(static_cast<T>(loss.bias)) {
     if (loss.columns != nullptr) {  // whole vectors may be read of both
       const T* const columns = static_cast<const T*>(loss.columns);
       column_lse_.assign(columns, columns + M);
@@ -122,9 +118,9 @@ class ContrastGradient {
     return most * std::abs(loss_.weight * loss_.scale);
   }
 
-  void shrink(int exponent) { factor_ = static_cast<T>(std::ldexp(loss_.scale, -exponent)); }
+  void shrink(int exponent) { factor_ = static_cast<T>(std::ldexp(loss_.weight * loss_.scale, -exponent)); }
 
-  // Adds to `sums` what the pairs give for scale and bias.
+  // Adds to `sums` what the pairs give for scale and bias, but for the weight.
   auto row(int64_t n, int64_t first, int64_t width, T*, LaneSums<T>& sums) const {
     const T* const rows = static_cast<const T*>(loss_.rows);
     const T row_lse = rows == nullptr ? 0 : rows[n], row_weight = rows == nullptr ? 0 : rows[N_ + n];
@@ -134,10 +130,9 @@ class ContrastGradient {
       const VI positive = positives(n, first + m);
       V by_logit =
           loss_.rows == nullptr ? pairwise(s, positive) : competing(s, positive, row_lse, row_weight, first + m);
-      by_logit *= weight_;
       V by_scale = by_logit * s;
       for (int64_t i = width - m; i < lanes; ++i) by_logit[i] = by_scale[i] = 0;
-      sums.add(by_scale, by_logit);
+      sums.add(by_scale, loss_.rows == nullptr ? by_logit : V{});
       return by_logit * factor_;
     };
   }
@@ -188,7 +183,7 @@ class ContrastGradient {
 
   const Contrast loss_;
   const int64_t N_;
-  const T scale_, bias_, weight_;
+  const T scale_, bias_;
   T factor_ = 1;
   std::vector<T> column_lse_, column_weight_;
   std::vector<int64_t> y_ids_;

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from setemb_kernels._library import define, forbid_double_backward, implement
-from setemb_kernels.backends import compiled_serves
 from setemb_kernels.losses.tiles import Gradients, Sets
 
 BACKWARD = "setemb::smooth_chamfer_contrast_backward"
@@ -44,9 +43,9 @@ class Contrast(NamedTuple):
 
 
 def add_gradients(sets: Sets, gradients: Gradients, loss: Contrast) -> Tensor:
-    """Add the gradients of a loss; returns ``[2]`` in float64, the sums over all pairs of ``dL/dz s`` and ``dL/dz``:
-    the gradients of scale and bias."""
-    if sets.kind in ("smooth_chamfer", "mean") and compiled_serves(sets.x):
+    """Add the gradients of a loss; returns those of scale and bias, ``[2]`` in float64: the sums over all pairs of
+    ``dL/dz s`` and ``dL/dz`` (0 of InfoNCE, which has no bias)."""
+    if sets.measure.has_contrast(sets.x, sets.y):
         need_x, need_y, need_alpha, _ = gradients.needs
         ids = (None if group is None else group.long() for group in (sets.x_group, sets.y_group))
         x, y, alpha, sums = sets.measure.contrast_backward(
@@ -75,7 +74,7 @@ def _add_tiles(sets: Sets, gradients: Gradients, loss: Contrast) -> Tensor:
 
 
 @implement(BACKWARD)
-def _(
+def backward_by_tiles(
     x: Tensor,
     y: Tensor,
     alpha: Tensor,

@@ -15,6 +15,9 @@ triton = pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from setemb_kernels import _triton  # noqa: E402
+from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
+from setemb_kernels.ops.set_similarity import triton_config  # noqa: E402
+from setemb_kernels.ops.set_similarity import triton_plan as triton_plans  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton_fused  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton_kernels, triton_light, triton_plan  # noqa: E402
 
@@ -183,6 +186,40 @@ def test_other_numbers_of_tokens_compile_nothing() -> None:
         assert forward is not None and backward is not None
         found.append([specialised(plan.launch) for plan in (forward, backward)])
     assert all(found[0]) and all(other == found[0] for other in found)
+
+
+def launches_of_ragged_sets(N: int, K: int, M: int, L: int, kind: str) -> list[_triton.Launch]:
+    """All of a set similarity, of packed sets of K and L vectors in the mean."""
+    x, y, grad = torch.zeros(N * K, 64).half(), torch.zeros(M * L, 64).half(), torch.zeros(N, M).half()
+    numbers = torch.tensor(16.0), torch.tensor(0.0)
+    call = set_similarity._Call(x, torch.arange(N + 1) * K, y, torch.arange(M + 1) * L, None, *numbers)
+    forward = call.plan(kind, False, out=torch.float16)
+    backward = call.plan(kind, False, grad=grad, needs=(True, True, True))
+    found = [launch for _, launch in triton_plans.similarity_launches(forward)]
+    for step in range(len(backward.steps)):
+        found.append(triton_plans.state_launch(backward, step))
+        found += [triton_plans.gradient_launch(backward, step, is_x) for is_x in (True, False)]
+    return found
+
+
+@pytest.mark.parametrize("workspace", [1 << 28, 1 << 12], ids=["one window", "windows"])
+@pytest.mark.parametrize("kind", ["soft_maxsim", "chamfer", "match_probability"])
+def test_other_lengths_of_sets_compile_nothing(kind: str, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of up to 16 vectors in the mean, of up to 32, and of more, on either side."""
+    limits = triton_config.LIMITS._replace(workspace_bytes=workspace)
+    monkeypatch.setattr(triton_config, "LIMITS", limits)
+    variants = set()
+    for K, L in ((4, 9), (20, 12), (33, 3), (9, 27), (30, 25), (100, 18), (12, 90), (32, 40), (65, 1000)):
+        for factor in (1, 3, 11):
+            found = launches_of_ragged_sets(2 * factor, K, 5 * factor, L, kind)
+            own = {(launch.kernel.__name__, str(launch.constants), str(specialised(launch))) for launch in found}
+            variants |= {(triton_config._block(K, 64), triton_config._block(L, 64), *variant) for variant in own}
+    one = {v[:2] for v in variants}
+    assert len(one) == 9
+    fewest = {launch.kernel.__name__: 0 for launch in found}
+    for launch in {(x.kernel.__name__, str(x.constants)) for x in found}:
+        fewest[launch[0]] += 1
+    assert len(variants) == 9 * sum(fewest.values())
 
 
 @pytest.mark.parametrize("function", list(kernels()))

@@ -149,6 +149,18 @@ def set_similarity(
     return result.squeeze(1) if pairs == "paired" else result
 
 
+def smooth_chamfer_of_long_sets(
+    x: Tensor, y: Tensor, alpha: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, wide: bool
+) -> Tensor:
+    """All pairs of padded sets, checked."""
+    xs, ys = packed("x", x, x_mask, None), packed("y", y, y_mask, None)
+    shift = _check.number(0.0)
+    result: Tensor = ops.set_similarity(
+        xs.rows, xs.offsets, ys.rows, ys.offsets, None, alpha, shift, "smooth_chamfer", False, wide
+    )
+    return result
+
+
 def maxsim(x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """``sum_k max_l x_k . y_l``: `set_similarity` of kind "maxsim", with its options. x are the queries."""
     return set_similarity(x, y, "maxsim", **options)

@@ -16,11 +16,33 @@ from torch import Tensor
 from setemb_kernels import _check
 from setemb_kernels._direct import ops
 from setemb_kernels._library import define, forbid_double_backward, implement, register_autocast, register_autograd
-from setemb_kernels.backends import OpBackends
+from setemb_kernels.backends import AUTOMATIC, OpBackends, compiled_serves
 from setemb_kernels.ops.smooth_chamfer import reference
 
 FORWARD = "setemb::smooth_chamfer"
 BACKWARD = "setemb::smooth_chamfer_backward"
+
+MAX_VECTORS = (256, 128)
+"""That the Triton kernels take, of the larger sets and of the others, so that a tile holds whole sets. The sizes in
+tests/kernels/test_triton_aot.py are compiled without spills; a few others spill some bytes (K = 32, L = 4, masked, with
+a gradient for alpha, on sm_90: 24), and above 64 vectors more do."""
+
+MOST_SCORES = 1 << 18
+"""Of a pair of sets on a CPU, whose tile, of 16 pairs in float32, then takes 16 MiB."""
+
+FEW_SETS = 4
+"""Of y on a CPU, which fill a quarter of a vector and less: from 1024 scores a pair on, streaming takes 0.1 to 0.5 of
+the time."""
+
+
+def streams(x: Tensor, y: Tensor) -> bool:
+    """Whether padded sets are too long for the kernels of this op, or too few to fill their tiles: those of
+    `set_similarity` serve them."""
+    K, L = x.shape[1], y.shape[1]
+    if x.device.type == "cuda":
+        fits = max(K, L) <= MAX_VECTORS[0] and min(K, L) <= MAX_VECTORS[1]
+        return not fits and x.dtype != torch.float64 and BACKENDS.chosen in (AUTOMATIC, "triton")
+    return compiled_serves(x) and (K * L > MOST_SCORES or (K * L >= 1024 and y.shape[0] <= FEW_SETS))
 
 
 def smooth_chamfer(
@@ -52,8 +74,9 @@ def smooth_chamfer(
 
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
-        y: ``[M, L, D]`` of the same dtype and device; K and L may differ. The Triton kernel takes up to 256 vectors in
-            the larger sets and 128 in the others, the CUDA C++ kernel up to 64; the CPU has no limit.
+        y: ``[M, L, D]`` of the same dtype and device; K and L may differ. Long sets (on a GPU more than 256
+            vectors, or more than 128 on both sides) are streamed by the kernels of `set_similarity`. The CUDA C++
+            kernel takes up to 64.
         alpha: sharpness, a finite number > 0, or a 0-dim tensor (CPU or the device of x) that may require a gradient.
             On a GPU the value of a tensor that lives there is not checked (that would wait for the device); one that
             is not positive gives meaningless numbers.
@@ -76,6 +99,10 @@ def smooth_chamfer(
     _check.similar_sets(x, y, x_mask, y_mask)
     sharpness = _check.sharpness("alpha", alpha, x.device)
     wide = _check.wide_result("out_dtype", out_dtype, "x", x)
+    if streams(x, y):
+        from setemb_kernels.ops.set_similarity.op import smooth_chamfer_of_long_sets
+
+        return smooth_chamfer_of_long_sets(x, y, sharpness, x_mask, y_mask, wide)
     result: Tensor = ops.smooth_chamfer(x, y, sharpness, x_mask, y_mask, wide)
     return result
 

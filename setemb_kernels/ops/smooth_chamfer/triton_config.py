@@ -55,11 +55,6 @@ LARGEST_ALONE = 1 << 20
 GRADIENT_BLOCK = (16, 512)
 """What a program looks through for the largest upstream gradient."""
 
-MAX_VECTORS = (256, 128)
-"""The larger and the smaller of K and L may be at most this, so that a tile holds whole sets. The sizes in
-tests/kernels/test_triton_aot.py are compiled without spills; a few others spill some bytes (K = 32, L = 4, masked,
-with a gradient for alpha, on sm_90: 24), and above 64 vectors more do."""
-
 
 def variants(
     K: int, L: int, D: int, dtype: torch.dtype, arch: int, *, masked: bool, backward: bool, alone: bool

@@ -14,6 +14,7 @@ from setemb_kernels import _device, _triton
 from setemb_kernels.ops.smooth_chamfer import triton_config as sizes
 from setemb_kernels.ops.smooth_chamfer import triton_kernels as kernels
 from setemb_kernels.ops.smooth_chamfer import triton_packing as packing
+from setemb_kernels.ops.smooth_chamfer.op import MAX_VECTORS
 
 
 class Place(NamedTuple):
@@ -88,7 +89,7 @@ class Plan:
         largest_alone: int,
     ) -> None:
         (self.N, K, self.D), (self.M, L, _) = x_shape, y_shape
-        larger, smaller = sizes.MAX_VECTORS
+        larger, smaller = MAX_VECTORS
         if max(K, L) > larger or min(K, L) > smaller:
             raise ValueError(f"x, y: expected sets of at most {larger} and {smaller} vectors on a GPU, got {K} and {L}")
         self.dtype, (self.programs, arch) = dtype, processors

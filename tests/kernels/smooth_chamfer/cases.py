@@ -131,6 +131,8 @@ CASES = [
     Case("K 64 L 5", 4, 11, 64, 5, 16),
     Case("K 5 L 64", 11, 4, 5, 64, 16),
     Case("sets larger than a tile", 3, 5, 130, 70, 20),
+    Case("few long sets", 6, 3, 70, 40, 20),
+    Case("few long sets, masks", 6, 3, 40, 70, 20, x_mask="some empty", y_mask="random"),
     Case("K 1 L 16", 40, 20, 1, 16, 40),
     Case("D 1", 6, 20, 3, 2, 1),
     Case("D 1031", 6, 20, 3, 2, 1031),
