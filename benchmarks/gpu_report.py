@@ -64,7 +64,8 @@ def _table(content: dict[str, Any]) -> list[str]:
         "multiples of theirs; the floor is what operations or bytes take at the best this card did.",
         "",
         f"![Times beside the products](benchmarks/results/{Path(file).with_suffix('.svg').name})",
-        "",
+    ]
+    rows = [
         f"| | floor, ms | products, ms | {' | '.join((*ours, *PEERS))} |",
         "|---" * (3 + len(ours) + len(PEERS)) + "|",
     ]
@@ -79,9 +80,14 @@ def _table(content: dict[str, Any]) -> list[str]:
         cells = ["" if least is None else _time(least), _time(ms["product"])]
         for name in (*ours, *PEERS):
             cells.append(f"{times_product(row, name):.2f}" if name in ms else row["failed"].get(name, ""))
-        lines.append(f"| {row['row']} | {' | '.join(cells)} |")
+        rows.append(f"| {row['row']} | {' | '.join(cells)} |")
     bad = [f"{s['name']}: {s['status']}, {s.get('detail', '')}" for s in content["stages"] if s["status"] != "ok"]
-    return [*lines, "", *batches, *(f"Stage {line}." for line in bad), ""]
+    return [*lines, *collapsed("All rows", rows), "", *batches, *(f"Stage {line}." for line in bad), ""]
+
+
+def collapsed(title: str, lines: list[str]) -> list[str]:
+    """Lines that a page shows when it is asked to."""
+    return ["", "<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>"]
 
 
 def _time(ms: float) -> str:

@@ -140,7 +140,8 @@ def _table(contents: list[dict[str, Any]]) -> str:
         f"**{newest['device']}**, torch {newest['versions']['torch']}{cuda}; all numbers: {files}",
         "",
         f"![Times beside the plain products](benchmarks/results/{_figure_name(contents)})",
-        "",
+    ]
+    rows = [
         "| | beside, ms | ours, ms | ours / beside | eager / ours | compiled / ours | others / ours |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -164,10 +165,14 @@ def _table(contents: list[dict[str, Any]]) -> str:
         peers.append(", ".join(f"{OTHERS.get(p, p)} {ms[p] / ms['ours']:.2f}" for p in others))
         cells = [f"{row['op']} {row['name']}", f"{ms['floor']:.1f} ({row['floor']})", f"{ms['ours']:.1f}"]
         cells.append(f"{row['ratio']:.2f}")
-        lines.append(f"| {' | '.join(cells + peers)} |")
+        rows.append(f"| {' | '.join(cells + peers)} |")
+    lines += gpu_report.collapsed("All rows", rows)
     if memory:
-        lines += ["", "| peak memory beyond inputs, result and gradients; largest batch | |", "|---|---|", *memory]
-    return "\n".join(lines + sections) + "\n"
+        memory = ["| peak memory beyond inputs, result and gradients; largest batch | |", "|---|---|", *memory]
+        lines += gpu_report.collapsed("Memory, and the largest batch", memory)
+    if sections:
+        lines += gpu_report.collapsed("Where a training step spends its time", sections)
+    return "\n".join(lines) + "\n"
 
 
 def _sections(row: dict[str, Any]) -> list[str]:

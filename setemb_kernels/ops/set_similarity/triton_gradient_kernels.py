@@ -172,6 +172,7 @@ def gradient_kernel(
                 part = tl.dot(w.to(v.dtype), v, input_precision=PRECISION)
                 sums += part * (g if HOW == HARD else g * (1 / FACTOR))
     target = out + (split.to(tl.int64) * own_rows + row)[:, None] * D + d[None, :]
+    before = (local < tl.where(adds != 0, count, 0))[:, None] & (d < D)[None, :]
+    sums += tl.load(target, mask=before, other=0).to(tl.float32)
     inside = (local < tl.where(adds != 0, count, rows))[:, None] & (d < D)[None, :]
-    sums += tl.load(target, mask=inside & (adds != 0), other=0).to(tl.float32)
     tl.store(target, sums.to(out.dtype.element_ty), mask=inside)
