@@ -202,24 +202,25 @@ def launches_of_ragged_sets(N: int, K: int, M: int, L: int, kind: str) -> list[_
     return found
 
 
+def variant(launch: _triton.Launch) -> tuple[str, ...]:
+    constants = {name: value for name, value in launch.constants.items() if name != "ADD"}
+    return launch.kernel.__name__, str(constants), str(specialised(launch))
+
+
 @pytest.mark.parametrize("workspace", [1 << 28, 1 << 12], ids=["one window", "windows"])
 @pytest.mark.parametrize("kind", ["soft_maxsim", "chamfer", "match_probability"])
 def test_other_lengths_of_sets_compile_nothing(kind: str, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of up to 16 vectors in the mean, of up to 32, and of more, on either side."""
+    """Of up to 16 vectors in the mean, of up to 32, and of more, on either side; but for whether a launch adds."""
     limits = triton_config.LIMITS._replace(workspace_bytes=workspace)
     monkeypatch.setattr(triton_config, "LIMITS", limits)
     variants = set()
     for K, L in ((4, 9), (20, 12), (33, 3), (9, 27), (30, 25), (100, 18), (12, 90), (32, 40), (65, 1000)):
         for factor in (1, 3, 11):
             found = launches_of_ragged_sets(2 * factor, K, 5 * factor, L, kind)
-            own = {(launch.kernel.__name__, str(launch.constants), str(specialised(launch))) for launch in found}
-            variants |= {(triton_config._block(K, 64), triton_config._block(L, 64), *variant) for variant in own}
-    one = {v[:2] for v in variants}
-    assert len(one) == 9
-    fewest = {launch.kernel.__name__: 0 for launch in found}
-    for launch in {(x.kernel.__name__, str(x.constants)) for x in found}:
-        fewest[launch[0]] += 1
-    assert len(variants) == 9 * sum(fewest.values())
+            own = {variant(launch) for launch in found}
+            variants |= {(triton_config._block(K, 64), triton_config._block(L, 64), *of_one) for of_one in own}
+    assert len({of_one[:2] for of_one in variants}) == 9
+    assert len(variants) == 9 * len(own)
 
 
 @pytest.mark.parametrize("function", list(kernels()))

@@ -29,6 +29,10 @@ there can be, ``X / OWN + N``, and the rest end at once. Whose a block is, its n
 have blocks too: nothing is filled with zeros first. Which sets of x have a set of y as candidate: a stable sort.
 
 **A small call is bound by the host**: `triton_plan` keeps the launches of calls of one layout.
+
+**Other lengths** are compiled for once where sets of a side have up to 16, up to 32, or more vectors in the mean, and
+the gradient kernel once more where it adds to what another launch left (state in several windows), or writes float32
+(several launches or splits, in 16 bits). All else of lengths and numbers of sets is a number at run time.
 """
 
 from __future__ import annotations

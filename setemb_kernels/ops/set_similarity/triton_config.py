@@ -137,10 +137,10 @@ def configs_of_codes(
 
 
 def configs(
-    kind: str, x_mean: int, y_mean: int, D: int, dtype: torch.dtype, has_candidates: bool = False, wide: bool = False
+    kind: str, x_mean: int, y_mean: int, D: int, dtype: torch.dtype, has_candidates: bool = False, add: bool = False
 ) -> Iterator[_triton.Build]:
     """Every kernel that forward and backward launch for sets of so many vectors in the mean, in one direction, with
-    gradients for alpha and bias. wide: with a result and sums of gradients in float32, as where there are several
+    gradients for alpha and bias. add: with a result and sums of gradients in float32, as where there are several
     windows."""
     direction = directions(kind, False)[0]
     hard = direction.how == kernels.HARD.value
@@ -148,12 +148,12 @@ def configs(
     types = dict.fromkeys(("a", "b", "own", "other", "grad"), f"*{name}")
     types |= dict.fromkeys(("a_offsets", "b_offsets", "own_offsets", "other_offsets"), "*i64")
     types |= dict.fromkeys(("candidates", "order", "bounds"), "*i64")
-    types |= dict.fromkeys(("parts", "sums"), "*fp32") | {"out": "*fp32" if wide else f"*{name}"}
+    types |= dict.fromkeys(("parts", "sums"), "*fp32") | {"out": "*fp32" if add else f"*{name}"}
     types |= dict.fromkeys(("alpha", "bias", "factor"), "fp32") | {"state": "*i32" if hard else "*fp32"}
     constants: dict[str, Any] = {"HOW": direction.how, "MEAN": direction.mean, "BEST": direction.best, "SWAP": False}
     constants |= {"PRECISION": "ieee", "ALPHA_ON_DEVICE": False, "BIAS_ON_DEVICE": False}
     constants |= {"BAND": 1 if has_candidates else LIMITS.band}
-    constants["LIMIT"] = torch.finfo(torch.float32 if wide else dtype).max
+    constants["LIMIT"] = torch.finfo(torch.float32 if add else dtype).max
     constants |= {"STORE": direction.how != kernels.SIGMOID.value, "SUM": not hard}
     constants |= {"sums": None} if hard else {}
     constants |= {"state": None} if direction.how == kernels.SIGMOID.value else {}
@@ -175,6 +175,8 @@ def configs(
     factor = 2.0**15 if dtype == torch.float16 else 1.0
     for is_x, own, other in ((True, x_mean, y_mean), (False, y_mean, x_mean)):
         config = gradient_config(own, other, D, dtype)
-        yield build(
-            gradient_kernel, config, products and not (hard and is_x), OWN_IS_X=is_x, OWN_IS_A=is_x, FACTOR=factor
-        )
+        for adds in (False, True)[: 1 + add]:
+            yield build(
+                gradient_kernel, config, products and not (hard and is_x),
+                OWN_IS_X=is_x, OWN_IS_A=is_x, ADD=adds, FACTOR=factor,
+            )  # fmt: skip

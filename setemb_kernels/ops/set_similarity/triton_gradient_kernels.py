@@ -67,7 +67,7 @@ def _entry(t, owner, candidates, order, J, OWN_IS_X: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "own_rows", "own_sets", "A", "J", "first_n", "first_j", "end_n", "end_j", "splits", "plane", "blocks",
-        "adds", "grad_stride_n",
+        "grad_stride_n",
     ]
 )  # fmt: skip
 def gradient_kernel(
@@ -75,11 +75,11 @@ def gradient_kernel(
     own_offsets, other_offsets,  # [sets + 1] int64
     candidates, order, bounds,  # [N, J] or None; pairs by set of y, and from where to where
     grad, state,  # as in state_kernel; state is None for SIGMOID
-    out,  # [splits, own_rows, D]; unless it adds every row is written, 0 to those of no set
-    alpha, bias, factor, own_rows, own_sets, A, J, first_n, first_j, end_n, end_j, splits, plane, blocks, adds, D,
+    out,  # [splits, own_rows, D]; unless ADD every row is written, 0 to those of no set
+    alpha, bias, factor, own_rows, own_sets, A, J, first_n, first_j, end_n, end_j, splits, plane, blocks, D,
     own_stride, own_stride_d, other_stride, other_stride_d, grad_stride_n, grad_stride_j,
     OWN_IS_X: tl.constexpr, OWN_IS_A: tl.constexpr, HOW: tl.constexpr, MEAN: tl.constexpr,
-    ALPHA_ON_DEVICE: tl.constexpr, BIAS_ON_DEVICE: tl.constexpr, FACTOR: tl.constexpr,
+    ALPHA_ON_DEVICE: tl.constexpr, BIAS_ON_DEVICE: tl.constexpr, ADD: tl.constexpr, FACTOR: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def gradient_kernel(
                 part = tl.dot(w.to(v.dtype), v, input_precision=PRECISION)
                 sums += part * (g if HOW == HARD else g * (1 / FACTOR))
     target = out + (split.to(tl.int64) * own_rows + row)[:, None] * D + d[None, :]
-    before = (local < tl.where(adds != 0, count, 0))[:, None] & (d < D)[None, :]
-    sums += tl.load(target, mask=before, other=0).to(tl.float32)
-    inside = (local < tl.where(adds != 0, count, rows))[:, None] & (d < D)[None, :]
+    inside = (local < (count if ADD else rows))[:, None] & (d < D)[None, :]
+    if ADD:
+        sums += tl.load(target, mask=inside, other=0)
     tl.store(target, sums.to(out.dtype.element_ty), mask=inside)

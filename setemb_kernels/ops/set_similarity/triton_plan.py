@@ -228,10 +228,10 @@ def gradient_launch(plan: Plan, step: int, is_x: bool) -> _triton.Launch:
         gradient_kernel, owner.programs,
         (
             direction.factor, own.rows, own.sets, rows, plan.J, *window, owner.splits, width * rows, owner.blocks,
-            int(step > 0 or owner.starts_at_zero), layout.features, *own.strides, *other.strides, *layout.grad_strides,
+            layout.features, *own.strides, *other.strides, *layout.grad_strides,
         ),
         OWN_IS_X=is_x, OWN_IS_A=is_x != direction.swap, HOW=direction.how, MEAN=direction.mean,
-        FACTOR=2.0**15 if layout.dtype == torch.float16 else 1.0,
+        ADD=step > 0 or owner.starts_at_zero, FACTOR=2.0**15 if layout.dtype == torch.float16 else 1.0,
         **plan.constants, **owner.config.launch(gradient_kernel),
     )  # fmt: skip
 
