@@ -221,13 +221,14 @@ def _product_of_means(xs: PackedSets, ys: PackedSets, candidates: Tensor | None,
         dtype = torch.get_autocast_dtype(device)
         xs, ys = (s._replace(rows=s.rows.to(dtype)) for s in (xs, ys))
     with torch.autocast(device, enabled=False):
-        (x, x_some), (y, y_some) = means(xs, wider), means(ys, wider)
+        (x, x_some), (y, y_some) = means("x", xs, wider), means("y", ys, wider)
         one, nothing = _check.number(1.0), _check.number(0.0)
         offsets = (torch.arange(v.shape[0] + 1, device=v.device) for v in (x, y))
         s = ops.set_similarity(x, next(offsets), y, next(offsets), candidates, one, nothing, "max", False, True)
-        both = x_some[:, None] & (y_some if candidates is None else y_some[candidates.clamp(min=0)])
-        if candidates is not None:
-            both = both | (candidates < 0)
+        if candidates is None:
+            both = x_some[:, None] & y_some
+        else:  # -1 is none, also where y has no set
+            both = x_some[:, None] & torch.cat((y_some, y_some.new_zeros(1)))[candidates] | (candidates < 0)
         s = torch.where(both, s, 0)
         if wide or dtype == s.dtype:
             return s
