@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,20 +128,22 @@ def test_metric_learning_call() -> None:
         loss(X, GROUPS["x_group"], ref_emb=Y)
 
 
-def test_like_the_package_for_sets_of_one_vector() -> None:
-    package: Any = pytest.importorskip("pytorch_metric_learning")
-    from pytorch_metric_learning.losses import NTXentLoss
-
-    assert package.__version__
-    x, y = sets(6, 1, seed=1), sets(8, 1, seed=2)
-    ours = MetricLearningLoss(SetInfoNCELoss(0.07, symmetric=False))
-    theirs = NTXentLoss(0.07)
-    labels, ref_labels = GROUPS.values()
-    truth = with_gradients(lambda x, y: theirs(x[:, 0], labels, ref_emb=y[:, 0], ref_labels=ref_labels), x, y)
-    unit = torch.nn.functional.normalize  # it compares cosines, also in its gradients
-
-    def got_by(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return ours(unit(x, dim=-1), labels, ref_emb=unit(y, dim=-1), ref_labels=ref_labels)
-
-    got = with_gradients(got_by, x, y)
+@pytest.mark.parametrize("kind", ["smooth_chamfer", "maxsim"])
+def test_like_the_package_for_sets_of_one_vector(kind: Any) -> None:
+    """The two calls of docs/integrations.md, as they stand there."""
+    losses: Any = pytest.importorskip("pytorch_metric_learning.losses")
+    document = Path(__file__).parents[2] / "docs" / "integrations.md"
+    (row,) = (line for line in document.read_text().splitlines() if line.startswith("| pytorch-metric-learning |"))
+    their_call, our_call = re.findall(r"`([^`]*)`", row)[:2]
+    names = {
+        "NTXentLoss": losses.NTXentLoss,
+        "MetricLearningLoss": MetricLearningLoss,
+        "SetInfoNCELoss": partial(SetInfoNCELoss, kind=kind),
+        "labels": GROUPS["x_group"],
+        "ids": GROUPS["y_group"],
+    }
+    x, y = 3 * sets(6, 1, seed=1), 2 * sets(8, 1, seed=2)
+    truth = with_gradients(lambda x, y: eval(their_call, names | {"x": x[:, 0], "y": y[:, 0]}), x, y)
+    unit = partial(torch.nn.functional.normalize, dim=-1)  # it compares cosines, also in its gradients
+    got = with_gradients(lambda x, y: eval(our_call, names | {"x": unit(x), "y": unit(y)}), x, y)
     torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-8)

@@ -80,7 +80,8 @@ def set_similarity(
             padded ``[N, K, D]``, all vectors valid or as the mask says; packed rows ``[X, D]`` with offsets; or a
             nested tensor of layout ``torch.jagged`` ``[N, *, D]``. For scoring, without gradients, either may be of
             int8 or float8_e4m3fn, next to any dtype on the other side: the result is that of the decoded vectors in
-            float32, in float64 next to that.
+            float32, in float64 next to that. Where the device multiplies int8, sums of int8 with int8 are exact up to
+            65,536 features.
         kind: see above.
         alpha: sharpness of smooth_chamfer and soft_maxsim, a finite number > 0, or a 0-dim tensor that may require a
             gradient.
