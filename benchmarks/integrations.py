@@ -154,6 +154,25 @@ def _flash_maxsim(scale: int, function: str = "flash_maxsim.maxsim_naive_batched
     return step(scorer, units(n, 32, 128), units(2 * n, 180, 128))
 
 
+def _metric_learning(scale: int, *, ours: bool = False) -> Step:
+    """Vectors of two modalities; here sets of one vector, of unit length, as the package compares cosines."""
+    losses = importlib.import_module("pytorch_metric_learning.losses")
+    n = 256 // scale
+    labels, others = torch.arange(n), torch.arange(n)  # one tensor for both would mean one batch with itself
+    own, set_loss = (
+        losses.NTXentLoss(),
+        integrations.MetricLearningLoss(integrations.SetInfoNCELoss(0.07, symmetric=False)),
+    )
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        if ours:
+            x, y = (torch.nn.functional.normalize(v, dim=-1)[:, None] for v in (x, y))
+        loss: Tensor = (set_loss if ours else own)(x, labels, ref_emb=y, ref_labels=others)
+        return loss
+
+    return step(run, torch.randn(n, 128), torch.randn(n, 128))
+
+
 def _dive(scale: int, *, ours: bool = False) -> Step:
     """Sets one after the other in a matrix, as its code has them; what it does, written plainly."""
     n = 128 // scale
@@ -213,6 +232,12 @@ CASES = {
         "flash_maxsim",
         _flash_maxsim,
         ours=lambda scale: _flash_maxsim(scale, "setemb_kernels.integrations.flash_maxsim.flash_maxsim_batched"),
+    ),
+    "pytorch-metric-learning, NTXentLoss: 256 vectors and 256 of another modality, forward + backward": Case(
+        "pytorch-metric-learning",
+        "pytorch_metric_learning",
+        _metric_learning,
+        ours=lambda scale: _metric_learning(scale, ours=True),
     ),
     "DivE's smooth-Chamfer, written plainly: 128 images, 640 captions, K4 D1024, forward + backward": Case(
         "torch", "torch", _dive, ours=lambda scale: _dive(scale, ours=True)

@@ -20,6 +20,12 @@ def floating(name: str, value: Tensor, axes: tuple[str, ...], also: tuple[torch.
     """`value` is a floating tensor, or of a dtype of `also`, with these axes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        also_takes = ", or call set_similarity, which takes nested tensors" if axes == SETS else ""
+        raise TypeError(
+            f"{name}: expected a padded tensor [{', '.join(axes)}], got a nested one: pad it, as"
+            f" torch.nested.to_padded_tensor does, and pass a mask{also_takes}"
+        )
     if value.dim() != len(axes):
         raise ValueError(f"{name}: expected {len(axes)} dimensions [{', '.join(axes)}], got shape {list(value.shape)}")
     if value.dtype not in FLOATING and value.dtype not in also:
@@ -73,8 +79,8 @@ def similar_sets(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | N
         mask("y_mask", y_mask, y.shape[:2], "y", y)
 
 
-def group(name: str, value: Tensor | None, sets_name: str, sets: Tensor) -> None:
-    """`value` is None or one integer a set."""
+def group(name: str, value: Tensor | None, sets_name: str, sets: Tensor, *, on_its_device: bool = True) -> None:
+    """`value` is None or one integer a set, on the device of the sets unless told."""
     if value is None:
         return
     if not isinstance(value, Tensor):
@@ -83,7 +89,7 @@ def group(name: str, value: Tensor | None, sets_name: str, sets: Tensor) -> None
         raise TypeError(f"{name}: expected integers, got {_dtype(value.dtype)}")
     if value.shape != sets.shape[:1]:
         raise ValueError(f"{name}: expected shape {list(sets.shape[:1])} as of {sets_name}, got {list(value.shape)}")
-    if value.device != sets.device:
+    if on_its_device and value.device != sets.device:
         raise ValueError(f"{name}: expected device {sets.device} as of {sets_name}, got {value.device}")
 
 
@@ -157,6 +163,12 @@ def not_negative_and_finite(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def boolean(name: str, value: bool) -> None:
+    """`value` is True or False, no tensor."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def _dtype(dtype: torch.dtype) -> str:

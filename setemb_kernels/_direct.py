@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -31,6 +31,12 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 _RECORDED: dict[str, Callable[..., Any]] = {}
 """The same where a gradient is wanted; of an op that has none it is the dispatcher's, which says so."""
+
+_TRANSFORMED: dict[str, Callable[..., Any]] = {}
+"""The op where `torch.func` differentiates it, which the derivative that `torch.library` makes refuses."""
+
+_DEVICES = ("cpu", "cuda")
+"""That have autocast rules."""
 
 
 def implementation(name: str, function: Callable[..., Any]) -> None:
@@ -54,6 +60,32 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
     _RECORDED[name] = type(f"setemb::{name}", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
+def transformed(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give an op its derivative under `torch.func`, by the same functions."""
+
+    def forward(*args: Any) -> Any:
+        return getattr(torch.ops.setemb, name)(*args)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode(name)
+
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(jvp),
+        "generate_vmap_rule": True,
+    }
+    _TRANSFORMED[name] = type(f"setemb::{name}", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+
+
+def no_forward_mode(name: str) -> NotImplementedError:
+    """What is raised where a tangent would be lost."""
+    return NotImplementedError(
+        f"setemb::{name} has no forward-mode derivative (jvp): use backward, torch.func.grad or torch.func.vjp"
+    )
+
+
 def autocast(name: str, cast: Callable[..., list[Any]]) -> None:
     """Give an op what `cast(args, dtype)` makes of its arguments under autocast."""
     _CASTS[name] = cast
@@ -61,12 +93,23 @@ def autocast(name: str, cast: Callable[..., list[Any]]) -> None:
 
 def _call(name: str, *args: Any) -> Any:
     if watched() or _needs_dispatcher(args):
-        return getattr(torch.ops.setemb, name)(*args)
+        return _by_dispatcher(name, args)
     if torch.is_autocast_enabled("cuda") and name in _CASTS:
         args = tuple(_CASTS[name](args, torch.get_autocast_dtype("cuda")))
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return _serve(name, args)
     return _serve(name, args)
+
+
+def _by_dispatcher(name: str, args: tuple[Any, ...]) -> Any:
+    if name not in _TRANSFORMED or not _transform_differentiates():
+        return getattr(torch.ops.setemb, name)(*args)
+    device = args[0].device.type
+    if name not in _CASTS or device not in _DEVICES or not torch.is_autocast_enabled(device):
+        return _TRANSFORMED[name](*args)
+    args = tuple(_CASTS[name](args, torch.get_autocast_dtype(device)))  # before, so that the cast has its derivative
+    with torch.autocast(device, enabled=False):
+        return _TRANSFORMED[name](*args)
 
 
 def _serve(name: str, args: tuple[Any, ...]) -> Any:
@@ -85,6 +128,12 @@ def watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
     )
+
+
+def _transform_differentiates() -> bool:
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(i.key() in (TransformType.Grad, TransformType.Jvp) for i in get_interpreter_stack() or ())
 
 
 def _needs_dispatcher(args: tuple[Any, ...]) -> bool:

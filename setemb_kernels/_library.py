@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from setemb_kernels import _direct
 
@@ -32,9 +34,12 @@ def implement(qualified_name: str) -> Callable[[_F], _F]:
 
 
 def register_autograd(qualified_name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-    """`torch.library.register_autograd`, for `_direct` too."""
-    torch.library.register_autograd(qualified_name, backward, setup_context=setup_context, lib=_LIBRARY)
-    _direct.autograd(qualified_name.removeprefix("setemb::"), backward, setup_context)
+    """What `torch.library.register_autograd` does, for `_direct` and `torch.func` too, and with an error for tangents
+    of forward mode, which that drops."""
+    name = qualified_name.removeprefix("setemb::")
+    _implement_autograd(name, backward, setup_context)
+    _direct.autograd(name, backward, setup_context)
+    _direct.transformed(name, backward, setup_context)
 
 
 def forbid_double_backward(qualified_name: str) -> None:
@@ -48,7 +53,24 @@ def forbid_gradient(qualified_name: str, why: str) -> None:
     def raise_error(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"{qualified_name} {why}")
 
-    torch.library.register_autograd(qualified_name, raise_error, lib=_LIBRARY)
+    name = qualified_name.removeprefix("setemb::")
+    _implement_autograd(name, raise_error, None)
+    _direct.transformed(name, raise_error, lambda ctx, inputs, output: None)
+
+
+def _implement_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None) -> None:
+    derivative = make_autograd_impl(getattr(torch.ops.setemb, name).default, Info(backward, setup_context))
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(_has_tangent(v) for v in args):
+            raise _direct.no_forward_mode(name)
+        return derivative(keyset, *args)
+
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def register_autocast(qualified_name: str, *, cast: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import DOCUMENTS, END, START, figures
+from setemb_kernels import backends
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +28,12 @@ def test_links_lead_somewhere() -> None:
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_backends_of_all_ops_are_shown() -> None:
+    sample = (ROOT / "README.md").read_text().split("op              device")[1].split("```")[0]
+    shown = [tuple(line.split()[:2]) for line in sample.splitlines()[1:]]
+    assert shown == [(b.op, b.device) for b in backends()]
 
 
 def test_make_targets_exist() -> None:

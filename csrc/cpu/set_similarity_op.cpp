@@ -33,11 +33,11 @@ Tensor indices(const char* name, const Tensor& t) {
 
 // Offsets from 0 that never decrease and stay within the rows.
 void check_offsets(const char* name, const int64_t* offsets, int64_t sets, int64_t rows) {
-  bool good = offsets[0] == 0 && offsets[sets] <= rows;
-  for (int64_t i = 0; i < sets; ++i) good = good && offsets[i] <= offsets[i + 1];
-  if (!good) {
+  for (int64_t i = 0; i <= sets; ++i) {
+    if (i == 0 ? offsets[0] == 0 : offsets[i - 1] <= offsets[i] && offsets[i] <= rows) continue;
     throw std::invalid_argument(std::string(name) + ": expected offsets from 0 that never decrease, at most " +
-                                std::to_string(rows));
+                                std::to_string(rows) + ", got " + std::to_string(offsets[i]) + " at [" +
+                                std::to_string(i) + "]" + (i == 0 ? "" : ", after " + std::to_string(offsets[i - 1])));
   }
 }
 

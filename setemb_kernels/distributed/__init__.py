@@ -32,8 +32,7 @@ from setemb_kernels import _check
 from setemb_kernels.distributed.function import compute
 from setemb_kernels.distributed.losses import InfoNCE, Loss, Sigmoid
 from setemb_kernels.distributed.triplets import HardestTriplet, PairsTriplet
-from setemb_kernels.losses import check_negatives, check_sets
-from setemb_kernels.measure import check_bias
+from setemb_kernels.losses import check_infonce, check_sets, check_sigmoid, check_triplet
 from setemb_kernels.ops.set_similarity.op import Kind
 
 __all__ = ["set_infonce_loss", "set_sigmoid_loss", "set_triplet_loss"]
@@ -71,8 +70,7 @@ def set_triplet_loss(
         RuntimeError: naming the rank that takes no part any more.
     """
     sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
-    _check.not_negative_and_finite("margin", margin)
-    check_negatives(negatives)
+    check_triplet(margin, negatives)
     _check.positive_and_finite("timeout", timeout)
     margin = float(margin)
     loss: Loss = HardestTriplet(margin) if negatives == "hardest" else PairsTriplet(negatives, margin)
@@ -98,10 +96,8 @@ def set_infonce_loss(
 ) -> Tensor:
     """`setemb_kernels.set_infonce_loss` over the shards of all ranks; group, timeout and errors as above."""
     sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
+    scalars = (check_infonce(temperature, symmetric, x.device),)
     _check.positive_and_finite("timeout", timeout)
-    scalars = (_check.sharpness("temperature", temperature, x.device),)
     return compute("set_infonce_loss", InfoNCE(symmetric), (*sets, *similarity), scalars, group, timeout)
 
 
@@ -125,5 +121,5 @@ def set_sigmoid_loss(
     """`setemb_kernels.set_sigmoid_loss` over the shards of all ranks; group, timeout and errors as above."""
     sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
     _check.positive_and_finite("timeout", timeout)
-    scalars = (_check.sharpness("scale", scale, x.device), check_bias("bias", bias, x.device))
+    scalars = check_sigmoid(scale, bias, x.device)
     return compute("set_sigmoid_loss", Sigmoid(), (*sets, *similarity), scalars, group, timeout)

@@ -16,16 +16,17 @@ Function = Callable[..., Any]
 class Patch:
     """What an integration replaced. As a call it lasts until `undo`; as a context manager it ends with the block.
 
-    Patches of one package are undone in the reverse order, as blocks are. A second one in the place of a first replaces
-    it until it is undone.
+    A later patch covers earlier ones, and patches may be undone in any order. Where a block ends, what it covered is
+    there again. A call takes the place of the calls before it for good, so that a cell of a notebook may run twice: its
+    `undo` ends those too, back to the block that they are in, else to the package's own.
     """
 
     def __init__(self, package: str) -> None:
         self.package = package
         self.replaced: list[str] = []
         """``"package.module.name"`` of each place, sorted."""
-        self._functions: list[tuple[Function, Function]] = []
-        self._attributes: list[tuple[type, str, Any]] = []
+        self._layers: list[tuple[_Stack, Any]] = []
+        self._is_block = False
 
     def functions(self, module: str, **ours: Function) -> None:
         """Replace functions of a module everywhere that they are held by name: in every module that is loaded (the
@@ -35,33 +36,52 @@ class Patch:
         """
         holder = importlib.import_module(module)
         current = {name: self._found(holder, name) for name in ours}
-        swaps = [(current[name], _standing_in(current[name], function)) for name, function in ours.items()]
-        self._functions += swaps
+        swaps = []
+        for name, function in ours.items():
+            stack = _stack_under(current[name]) or _Stack(current[name])
+            swaps.append((current[name], _standing_in(stack.own, function)))
+            self._cover(stack, swaps[-1][1])
         self._note(_swap(swaps, self.package))
 
     def method(self, owner: type, name: str, ours: Function) -> None:
         """Replace a method of a class, a static one by a static one. ``ours(own, *args, **kwargs)``."""
         self._found(owner, name)
-        before = inspect.getattr_static(owner, name)
-        static = isinstance(before, staticmethod)
-        new = _standing_in(before.__func__ if static else before, ours)
-        inherited = name not in vars(owner)
-        self._attributes.append((owner, name, _INHERITED if inherited else before))
-        setattr(owner, name, staticmethod(new) if static else new)
+        current = inspect.getattr_static(owner, name)
+        stack = _stack_under(current, (owner, name)) or _Stack(current, (owner, name))
+        static = isinstance(stack.own, staticmethod)
+        new = _standing_in(stack.own.__func__ if static else stack.own, ours)
+        layer = staticmethod(new) if static else new
+        setattr(owner, name, layer)
+        self._cover(stack, layer)
         self._note([f"{owner.__module__}.{owner.__qualname__}.{name}"])
 
     def undo(self) -> None:
-        """Put everything back, also where it came to be held in between."""
-        for owner, name, before in reversed(self._attributes):
-            if before is _INHERITED:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-        if self._functions:
-            _swap([(new, before) for before, new in self._functions], self.package)
-        self._attributes, self._functions, self.replaced = [], [], []
+        """Put back what was before, also where ours came to be held in between."""
+        for patch in self._remove():
+            if not self._is_block and not patch._is_block:
+                patch.undo()
+
+    def _cover(self, stack: _Stack, layer: Any) -> None:
+        stack.layers.append((self, layer))
+        self._layers.append((stack, layer))
+
+    def _remove(self) -> list[Patch]:
+        """Take this patch out, wherever it lies; returns those that it covered directly."""
+        covered: list[Patch] = []
+        functions = []
+        for stack, layer in reversed(self._layers):
+            beneath = stack.remove(layer)
+            if beneath is not None and beneath not in covered:
+                covered.append(beneath)
+            if stack.place is None:
+                functions.append((layer, stack.top))
+        if functions:
+            _swap(functions, self.package)
+        self._layers, self.replaced = [], []
+        return covered
 
     def __enter__(self) -> list[str]:
+        self._is_block = True
         return self.replaced
 
     def __exit__(
@@ -75,7 +95,7 @@ class Patch:
     def _found(self, holder: ModuleType | type, name: str) -> Function:
         """What is to be replaced; where it is not, nothing stays replaced."""
         if not hasattr(holder, name):
-            self.undo()
+            self._remove()
             where = holder.__name__ if isinstance(holder, ModuleType) else f"{holder.__module__}.{holder.__qualname__}"
             raise ImportError(f"{where}.{name}: expected a function to replace, this version has none")
         function: Function = getattr(holder, name)
@@ -85,7 +105,43 @@ class Patch:
         self.replaced = sorted({*self.replaced, *places})
 
 
-_INHERITED = object()
+class _Stack:
+    """A function or a method of a package and what covers it, the last on top."""
+
+    def __init__(self, own: Any, place: tuple[type, str] | None = None) -> None:
+        self.own = own
+        self.place = place
+        """Of a method; a function is put back wherever it is held."""
+        self.inherited = place is not None and place[1] not in vars(place[0])
+        self.layers: list[tuple[Patch, Any]] = []
+        _STACKS.append(self)
+
+    @property
+    def top(self) -> Any:
+        return self.layers[-1][1] if self.layers else self.own
+
+    def remove(self, layer: Any) -> Patch | None:
+        """Returns the patch beneath; a method that shows `layer` shows what is on top then."""
+        (i,) = (i for i, (_, own) in enumerate(self.layers) if own is layer)
+        beneath = self.layers[i - 1][0] if i else None
+        del self.layers[i]
+        if not self.layers:
+            _STACKS.remove(self)
+        if self.place is not None and vars(self.place[0]).get(self.place[1]) is layer:
+            if self.layers or not self.inherited:
+                setattr(*self.place, self.top)
+            else:
+                delattr(*self.place)
+        return beneath
+
+
+_STACKS: list[_Stack] = []
+"""Of all patches that were not undone."""
+
+
+def _stack_under(current: Any, place: tuple[type, str] | None = None) -> _Stack | None:
+    """That on top of which is what was found; none where it is the package's, or somebody else's over ours."""
+    return next((stack for stack in _STACKS if stack.place == place and stack.top is current), None)
 
 
 def package(name: str, needed: str, *modules: str) -> None:
@@ -101,15 +157,13 @@ def package(name: str, needed: str, *modules: str) -> None:
             raise ImportError(f"{needed} is needed: cannot import {module}: {error}") from error
 
 
-def _standing_in(current: Function, ours: Function) -> Function:
+def _standing_in(own: Function, ours: Function) -> Function:
     """`ours` under the name of what it replaces, with the package's own function as its first argument."""
-    own = getattr(current, "setemb_replaces", current)
 
     @functools.wraps(own)
     def function(*args: Any, **kwargs: Any) -> Any:
         return ours(own, *args, **kwargs)
 
-    function.setemb_replaces = own  # type: ignore[attr-defined]
     return function
 
 

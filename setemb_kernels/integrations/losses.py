@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from setemb_kernels.losses import set_infonce_loss, set_sigmoid_loss, set_triplet_loss
+from setemb_kernels import _check
+from setemb_kernels.losses import (
+    check_infonce,
+    check_sigmoid,
+    check_triplet,
+    set_infonce_loss,
+    set_sigmoid_loss,
+    set_triplet_loss,
+)
 from setemb_kernels.measure import Measure
 from setemb_kernels.ops.set_similarity.op import Kind
 
@@ -23,29 +31,26 @@ class Similarity(TypedDict, total=False):
     """Which similarity of sets, beside alpha: arguments of `setemb_kernels.set_infonce_loss` and the other losses."""
 
     kind: Kind
-    match_bias: float
+    match_bias: float | Tensor
     reduction: Literal["sum", "mean"]
 
 
 class _SetLoss(nn.Module):
-    """One of the functions with what stays the same from batch to batch."""
+    """One of the functions with what stays the same from batch to batch, which is checked here. A number that is an
+    `nn.Parameter` is one of the module's."""
 
     function: Callable[..., Tensor]
 
-    def __init__(self, alpha: float, similarity: Similarity) -> None:
+    def __init__(self, alpha: float | Tensor, similarity: Similarity) -> None:
         super().__init__()
         for name in similarity.keys() - Similarity.__annotations__.keys():
             raise TypeError(
                 f"{name}: not an argument of {type(self).__name__}, which takes {', '.join(Similarity.__annotations__)}"
             )
-        Measure.of(
-            similarity.get("kind", "smooth_chamfer"),
-            alpha,
-            similarity.get("match_bias", 0.0),
-            similarity.get("reduction", "sum"),
-            torch.device("cpu"),
-        )  # says at once what is wrong
-        self.alpha, self.similarity = alpha, similarity
+        self.kind: Kind = similarity.get("kind", "smooth_chamfer")
+        self.reduction: Literal["sum", "mean"] = similarity.get("reduction", "sum")
+        self.alpha, self.match_bias = alpha, similarity.get("match_bias", 0.0)
+        Measure.of(self.kind, alpha, self.match_bias, self.reduction, _device_of(alpha, self.match_bias))
 
     def options(self) -> dict[str, Any]:
         """Arguments of the function."""
@@ -64,10 +69,13 @@ class _SetLoss(nn.Module):
         """Sets ``[N, K, D]`` and ``[M, L, D]``; those of equal ids belong together, without ids x[i] and y[i]."""
         groups = {"x_group": x_group, "y_group": y_group}
         masks = {"x_mask": x_mask, "y_mask": y_mask}
-        return type(self).function(x, y, alpha=self.alpha, **self.similarity, **groups, **masks, **self.options())
+        return type(self).function(x, y, **self._similarity(), **groups, **masks, **self.options())
+
+    def _similarity(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("alpha", "kind", "match_bias", "reduction")}
 
     def extra_repr(self) -> str:
-        values = {"alpha": self.alpha} | dict(self.similarity) | self.options()
+        values = self._similarity() | self.options()
         return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v}" for k, v in values.items())
 
 
@@ -80,10 +88,11 @@ class SetTripletLoss(_SetLoss):
         self,
         margin: float = 0.2,
         negatives: Literal["hardest", "semi-hard", "all"] = "hardest",
-        alpha: float = 16.0,
+        alpha: float | Tensor = 16.0,
         **similarity: Unpack[Similarity],
     ) -> None:
         super().__init__(alpha, similarity)
+        check_triplet(margin, negatives)
         self.margin, self.negatives = margin, negatives
 
     def options(self) -> dict[str, Any]:
@@ -101,19 +110,21 @@ class SetInfoNCELoss(_SetLoss):
 
     def __init__(
         self,
-        temperature: float = 0.05,
+        temperature: float | Tensor = 0.05,
         symmetric: bool = True,
-        alpha: float = 16.0,
+        alpha: float | Tensor = 16.0,
         *,
         learnable: bool = False,
         **similarity: Unpack[Similarity],
     ) -> None:
         super().__init__(alpha, similarity)
-        self.log_temperature = nn.Parameter(_logarithm("temperature", temperature)) if learnable else None
-        self._temperature, self.symmetric = temperature, symmetric
+        _check.boolean("learnable", learnable)
+        start = check_infonce(temperature, symmetric, _device_of(temperature))
+        self.log_temperature = nn.Parameter(_logarithm("temperature", start)) if learnable else None
+        self._temperature, self.symmetric = None if learnable else temperature, symmetric
 
     @property
-    def temperature(self) -> float | Tensor:
+    def temperature(self) -> float | Tensor | None:
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
     def options(self) -> dict[str, Any]:
@@ -132,16 +143,18 @@ class SetSigmoidLoss(_SetLoss):
 
     def __init__(
         self,
-        scale: float = 10.0,
-        bias: float = -10.0,
-        alpha: float = 16.0,
+        scale: float | Tensor = 10.0,
+        bias: float | Tensor = -10.0,
+        alpha: float | Tensor = 16.0,
         *,
         learnable: bool = True,
         **similarity: Unpack[Similarity],
     ) -> None:
         super().__init__(alpha, similarity)
-        self.log_scale = nn.Parameter(_logarithm("scale", scale), requires_grad=learnable)
-        self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learnable)
+        _check.boolean("learnable", learnable)
+        starts = check_sigmoid(scale, bias, _device_of(scale, bias))
+        self.log_scale = nn.Parameter(_logarithm("scale", starts[0]), requires_grad=learnable)
+        self.bias = nn.Parameter(torch.tensor(float(starts[1].detach())), requires_grad=learnable)
 
     def options(self) -> dict[str, Any]:
         return {"scale": self.log_scale.exp(), "bias": self.bias}
@@ -179,7 +192,13 @@ class MetricLearningLoss(nn.Module):
         return loss
 
 
-def _logarithm(name: str, value: float) -> Tensor:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    return torch.tensor(math.log(value))
+def _logarithm(name: str, value: Tensor) -> Tensor:
+    number = float(value.detach())
+    _check.positive_and_finite(name, number)
+    return torch.tensor(math.log(number))
+
+
+def _device_of(*numbers: float | Tensor) -> torch.device:
+    """Where numbers are that are not on the CPU; where the sets will be is not known."""
+    found = (v.device for v in numbers if isinstance(v, Tensor) and v.device.type != "cpu")
+    return next(found, torch.device("cpu"))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from setemb_kernels import _check
 from setemb_kernels.integrations._patch import package
 from setemb_kernels.measure import Measure
 from setemb_kernels.ops.set_similarity.op import Kind
@@ -25,8 +26,9 @@ class SetRetrieval(Metric):
     """R@k and median and mean rank, both ways, by a similarity of sets, smooth-Chamfer unless told: exact, by counting
     (`set_rank`).
 
-    ``update(x, y, x_group, y_group)`` takes a batch of sets of each side, ``[n, K, D]`` and ``[m, L, D]``, which need
-    not be as many, and their ids; sets of equal ids are relevant to each other. Without ids x[i] and y[i] of one update
+    ``update(x, y, x_group, y_group, x_mask, y_mask)`` takes a batch of sets of each side, ``[n, K, D]`` and
+    ``[m, L, D]``, which need not be as many, their ids, and masks, True = valid; K and L may differ from batch to
+    batch. Sets of equal ids are relevant to each other. Without ids, then in all updates, x[i] and y[i] of one update
     are. ``compute()`` gives a dict of 0-dim tensors, ready for ``log_dict`` of Lightning: ``x_to_y_r1`` and so on in
     percent, ``x_to_y_median_rank`` (of an even number rounded down) and ``x_to_y_mean_rank`` from 1, the same for
     ``y_to_x``, and ``rsum``, the sum of all R@k.
@@ -35,11 +37,19 @@ class SetRetrieval(Metric):
         ks: the k of R@k.
         alpha, kind, match_bias, reduction: the similarity, as in `set_rank`.
         options: of `torchmetrics.Metric`. Embeddings are kept until `reset`, and gathered from all processes.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; from `compute`, too, where nothing
+            was added.
     """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    x: list[Tensor]
+    x_size: list[Tensor]
+    y_size: list[Tensor]
+    has_ids: list[Tensor]
 
     def __init__(
         self,
@@ -62,19 +72,43 @@ class SetRetrieval(Metric):
             "match_bias": match_bias,
             "reduction": reduction,
         }
-        for name in ("x", "y", "x_group", "y_group"):
+        # Valid vectors in a row and how many each set has: batches of any sizes are one tensor, also between processes.
+        for name in ("x", "y", "x_size", "y_size", "x_group", "y_group", "has_ids"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self._pairs = 0
 
-    def update(self, x: Tensor, y: Tensor, x_group: Tensor | None = None, y_group: Tensor | None = None) -> None:
+    def update(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_group: Tensor | None = None,
+        y_group: Tensor | None = None,
+        x_mask: Tensor | None = None,
+        y_mask: Tensor | None = None,
+    ) -> None:
+        sides = {"x": (x, x_mask, x_group), "y": (y, y_mask, y_group)}
+        for name, (sets, mask, group) in sides.items():
+            _check.floating(name, sets, _check.SETS)
+            _check.mask(f"{name}_mask", mask, sets.shape[:2], name, sets)
+            _check.group(f"{name}_group", group, name, sets)
+        _check.same_size("y", y, "x", x, {2: "features"})
+        if self.x and x.shape[2] != self.x[0].shape[1]:
+            raise ValueError(f"x: expected {self.x[0].shape[1]} features as in updates before, got {x.shape[2]}")
         if (x_group is None) != (y_group is None):
             raise ValueError(f"{'x' if x_group is None else 'y'}_group: expected ids as for the other side, got None")
+        has_ids = x_group is not None
+        if self.has_ids and bool(self.has_ids[0]) != has_ids:
+            expected, got = ("None", "ids") if has_ids else ("ids", "None")
+            raise ValueError(f"x_group: expected {expected} as in updates before, got {got}")
         if x_group is None or y_group is None:
             if len(x) != len(y):
                 raise ValueError(f"y: expected {len(x)} sets as in x where there are no ids, got {len(y)}")
             x_group = y_group = self._ids_of_pairs(len(x), x.device)
-        for name, value in (("x", x), ("y", y), ("x_group", x_group), ("y_group", y_group)):
-            getattr(self, name).append(value.detach())
+        self.has_ids.append(torch.tensor([int(has_ids)], device=x.device))
+        for name, group in (("x", x_group), ("y", y_group)):
+            rows, sizes = _packed(*sides[name][:2])
+            for state, value in ((name, rows), (f"{name}_size", sizes), (f"{name}_group", group)):
+                getattr(self, state).append(value.detach())
 
     def _ids_of_pairs(self, count: int, device: torch.device) -> Tensor:
         """Ids that no other update, and no other process, gives."""
@@ -86,8 +120,22 @@ class SetRetrieval(Metric):
         return torch.arange(first, first + count, device=device) * ranks + rank
 
     def compute(self) -> dict[str, Tensor]:
-        x, y, x_group, y_group = (dim_zero_cat(getattr(self, name)) for name in ("x", "y", "x_group", "y_group"))
-        ranks = set_rank(x, y, x_group=x_group, y_group=y_group, **self.similarity)
+        counts = [len(dim_zero_cat(size)) if len(size) else 0 for size in (self.x_size, self.y_size)]
+        if 0 in counts:
+            raise ValueError(
+                f"compute: expected sets of x and y from update before, got {counts[0]} of x and {counts[1]} of y"
+            )
+        with_ids = dim_zero_cat(self.has_ids)
+        if with_ids.any() and not with_ids.all():  # of other processes, or of `forward`, which updates apart
+            some = int(with_ids.sum())
+            raise ValueError(
+                f"x_group: expected ids in all updates or in none, got them in {some} of {len(with_ids)} updates"
+            )
+        (x, x_mask), (y, y_mask) = (
+            _padded(*(dim_zero_cat(getattr(self, name)) for name in (side, f"{side}_size"))) for side in ("x", "y")
+        )
+        x_group, y_group = (dim_zero_cat(getattr(self, name)) for name in ("x_group", "y_group"))
+        ranks = set_rank(x, y, x_group=x_group, y_group=y_group, x_mask=x_mask, y_mask=y_mask, **self.similarity)
         found: dict[str, Tensor] = {}
         for direction, rank in (("x_to_y", ranks.x), ("y_to_x", ranks.y)):
             for k in self.ks:
@@ -98,6 +146,24 @@ class SetRetrieval(Metric):
             found[f"{direction}_median_rank"] = 1.0 + middle.sum() // 2
             found[f"{direction}_mean_rank"] = 1 + rank.float().mean()
         return found
+
+
+def _packed(sets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The valid vectors ``[R, D]``, and how many each set has ``[n]``."""
+    if mask is None:
+        return sets.flatten(0, 1), torch.full(sets.shape[:1], sets.shape[1], device=sets.device)
+    return sets[mask], mask.sum(1)
+
+
+def _padded(rows: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``[n, K, D]`` of the longest, and the mask unless all are as long."""
+    longest = int(sizes.max())
+    if bool((sizes == longest).all()):
+        return rows.view(len(sizes), longest, rows.shape[1]), None
+    mask = torch.arange(longest, device=sizes.device) < sizes[:, None]
+    sets = rows.new_zeros(len(sizes), longest, rows.shape[1])
+    sets[mask] = rows
+    return sets, mask
 
 
 def run_dictionaries(
@@ -132,6 +198,8 @@ def run_dictionaries(
     if (query_group is None) != (gallery_group is None):
         missing = "query_group" if query_group is None else "gallery_group"
         raise ValueError(f"{missing}: expected ids as for the other side, got None")
+    _check.group("query_group", query_group, "queries", queries, on_its_device=False)
+    _check.group("gallery_group", gallery_group, "gallery", gallery, on_its_device=False)
     found = set_topk(queries, gallery, min(k, len(gallery)), **options)
     rows = zip(names[0], found.values.tolist(), found.indices.tolist(), strict=True)
     run = {q: {names[1][i]: v for v, i in zip(values, indices, strict=True) if i >= 0} for q, values, indices in rows}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from setemb_kernels import _check
@@ -66,8 +67,7 @@ def set_triplet_loss(
     Source: Faghri et al., "VSE++", BMVC 2018; semi-hard: Schroff et al., "FaceNet", CVPR 2015.
     """
     sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
-    _check.not_negative_and_finite("margin", margin)
-    check_negatives(negatives)
+    check_triplet(margin, negatives)
     loss: Tensor = triplet.OP(*sets, *similarity, float(margin), negatives)[0]
     return loss
 
@@ -107,10 +107,7 @@ def set_infonce_loss(
     Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018.
     """
     sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
-    temperature = _check.sharpness("temperature", temperature, x.device)
-    loss: Tensor = infonce.OP(*sets, temperature, *similarity, symmetric)[0]
+    loss: Tensor = infonce.OP(*sets, check_infonce(temperature, symmetric, x.device), *similarity, symmetric)[0]
     return loss
 
 
@@ -145,8 +142,7 @@ def set_sigmoid_loss(
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
     """
     sets, similarity = check_sets(x, y, kind, alpha, match_bias, reduction, x_mask, y_mask, x_group, y_group)
-    scale = _check.sharpness("scale", scale, x.device)
-    loss: Tensor = sigmoid.OP(*sets, scale, check_bias("bias", bias, x.device), *similarity)[0]
+    loss: Tensor = sigmoid.OP(*sets, *check_sigmoid(scale, bias, x.device), *similarity)[0]
     return loss
 
 
@@ -173,7 +169,19 @@ def check_sets(
     return (x, y, measure.alpha, measure.bias, x_mask, y_mask, x_group, y_group), (measure.kind, measure.mean)
 
 
-def check_negatives(kind: str) -> None:
-    """The name of a kind of negatives of a triplet loss."""
-    if kind not in triplet.KINDS:
-        raise ValueError(f"negatives: expected one of {', '.join(triplet.KINDS)}, got {kind!r}")
+def check_triplet(margin: float, negatives: str) -> None:
+    """What the triplet loss alone takes."""
+    _check.not_negative_and_finite("margin", margin)
+    if negatives not in triplet.KINDS:
+        raise ValueError(f"negatives: expected one of {', '.join(triplet.KINDS)}, got {negatives!r}")
+
+
+def check_infonce(temperature: float | Tensor, symmetric: bool, device: torch.device) -> Tensor:
+    """What InfoNCE alone takes; the temperature as a tensor."""
+    _check.boolean("symmetric", symmetric)
+    return _check.sharpness("temperature", temperature, device)
+
+
+def check_sigmoid(scale: float | Tensor, bias: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the sigmoid loss alone takes, as tensors."""
+    return _check.sharpness("scale", scale, device), check_bias("bias", bias, device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from setemb_kernels._library import define
 
@@ -22,7 +23,7 @@ def pays(v: Tensor) -> bool:
     shapes cannot depend on values."""
     if v.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._is_tracing() or type(v) is not Tensor:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # vmap; tangents
         return False
     return torch._C._len_torch_dispatch_stack() == 0  # make_fx, fake tensors
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,22 +68,51 @@ def test_parameters_learn_and_are_kept() -> None:
     assert "temperature=0.05" in repr(SetInfoNCELoss()) and "negatives=hardest" in repr(SetTripletLoss())
 
 
-@pytest.mark.parametrize("make", [lambda v: SetInfoNCELoss(v, learnable=True), SetSigmoidLoss])
-def test_wrong_starts_are_refused(make: Any) -> None:
-    for value in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"(temperature|scale): expected a finite number > 0"):
-            make(value)
+@pytest.mark.parametrize("module", [SetTripletLoss, SetInfoNCELoss, SetSigmoidLoss])
+def test_numbers_of_the_similarity_may_be_parameters(module: Any) -> None:
+    alpha, bias = (torch.nn.Parameter(torch.tensor(v)) for v in (5.0, -1.0))
+    loss = module(kind="match_probability", alpha=alpha, match_bias=bias)
+    assert {"alpha", "match_bias"} <= set(loss.state_dict())
+    assert loss.alpha is alpha and loss.match_bias is bias and {id(alpha), id(bias)} <= set(map(id, loss.parameters()))
+    MetricLearningLoss(loss)(X.float(), ref_emb=Y[:6].float()).backward()
+    assert all(p.grad is not None and p.grad != 0 for p in (alpha, bias))
+    assert "match_bias=-1.0" in repr(loss)
 
 
-def test_a_wrong_similarity_is_said_at_once() -> None:
-    with pytest.raises(ValueError, match="kind: expected one of"):
-        SetTripletLoss(kind="nearest")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="reduction: expected 'sum' for chamfer"):
-        SetInfoNCELoss(kind="chamfer", reduction="mean")
-    with pytest.raises(
-        TypeError, match="knd: not an argument of SetTripletLoss, which takes kind, match_bias, reduction"
-    ):
-        SetTripletLoss(knd="max")  # type: ignore[call-arg]
+def test_a_temperature_that_is_a_parameter() -> None:
+    given = torch.nn.Parameter(torch.tensor(0.1))
+    assert [*SetInfoNCELoss(given).parameters()] == [given]
+    assert set(SetInfoNCELoss(given, learnable=True).state_dict()) == {"log_temperature"}
+
+
+POSITIVE = "expected a finite number > 0"
+WRONG: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    *((SetInfoNCELoss, {"temperature": v}, ValueError, f"temperature: {POSITIVE}") for v in (0.0, -1.0, math.inf)),
+    *(
+        (SetInfoNCELoss, {"temperature": v, "learnable": True}, ValueError, f"temperature: {POSITIVE}")
+        for v in (0.0, math.nan, torch.tensor(-1.0))
+    ),
+    *((SetSigmoidLoss, {"scale": v}, ValueError, f"scale: {POSITIVE}") for v in (0.0, -1.0, math.inf, math.nan)),
+    (SetInfoNCELoss, {"temperature": "1"}, TypeError, "temperature: expected a number"),
+    (SetInfoNCELoss, {"symmetric": 1}, TypeError, "symmetric: expected a bool, got int"),
+    (SetInfoNCELoss, {"learnable": "no"}, TypeError, "learnable: expected a bool, got str"),
+    (SetSigmoidLoss, {"learnable": None}, TypeError, "learnable: expected a bool, got NoneType"),
+    (SetSigmoidLoss, {"bias": math.inf}, ValueError, "bias: expected a finite number, got inf"),
+    (SetTripletLoss, {"margin": -0.1}, ValueError, "margin: expected a finite number >= 0, got -0.1"),
+    (SetTripletLoss, {"margin": "wide"}, TypeError, "margin: expected a number, got str"),
+    (SetTripletLoss, {"negatives": "hard"}, ValueError, "negatives: expected one of hardest, semi-hard, all, got"),
+    (SetTripletLoss, {"kind": "nearest"}, ValueError, "kind: expected one of"),
+    (SetTripletLoss, {"alpha": 0.0}, ValueError, f"alpha: {POSITIVE}"),
+    (SetInfoNCELoss, {"match_bias": math.nan}, ValueError, "match_bias: expected a finite number"),
+    (SetInfoNCELoss, {"kind": "chamfer", "reduction": "mean"}, ValueError, "reduction: expected 'sum' for chamfer"),
+    (SetTripletLoss, {"knd": "max"}, TypeError, "knd: not an argument of SetTripletLoss, which takes kind, match_bias"),
+]
+
+
+@pytest.mark.parametrize(("module", "options", "error", "message"), WRONG)
+def test_wrong_options_are_said_at_once(module: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        module(**options)
 
 
 def test_metric_learning_call() -> None:
@@ -95,20 +128,22 @@ def test_metric_learning_call() -> None:
         loss(X, GROUPS["x_group"], ref_emb=Y)
 
 
-def test_like_the_package_for_sets_of_one_vector() -> None:
-    package: Any = pytest.importorskip("pytorch_metric_learning")
-    from pytorch_metric_learning.losses import NTXentLoss
-
-    assert package.__version__
-    x, y = sets(6, 1, seed=1), sets(8, 1, seed=2)
-    ours = MetricLearningLoss(SetInfoNCELoss(0.07, symmetric=False))
-    theirs = NTXentLoss(0.07)
-    labels, ref_labels = GROUPS.values()
-    truth = with_gradients(lambda x, y: theirs(x[:, 0], labels, ref_emb=y[:, 0], ref_labels=ref_labels), x, y)
-    unit = torch.nn.functional.normalize  # it compares cosines, also in its gradients
-
-    def got_by(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return ours(unit(x, dim=-1), labels, ref_emb=unit(y, dim=-1), ref_labels=ref_labels)
-
-    got = with_gradients(got_by, x, y)
+@pytest.mark.parametrize("kind", ["smooth_chamfer", "maxsim"])
+def test_like_the_package_for_sets_of_one_vector(kind: Any) -> None:
+    """The two calls of docs/integrations.md, as they stand there."""
+    losses: Any = pytest.importorskip("pytorch_metric_learning.losses")
+    document = Path(__file__).parents[2] / "docs" / "integrations.md"
+    (row,) = (line for line in document.read_text().splitlines() if line.startswith("| pytorch-metric-learning |"))
+    their_call, our_call = re.findall(r"`([^`]*)`", row)[:2]
+    names = {
+        "NTXentLoss": losses.NTXentLoss,
+        "MetricLearningLoss": MetricLearningLoss,
+        "SetInfoNCELoss": partial(SetInfoNCELoss, kind=kind),
+        "labels": GROUPS["x_group"],
+        "ids": GROUPS["y_group"],
+    }
+    x, y = 3 * sets(6, 1, seed=1), 2 * sets(8, 1, seed=2)
+    truth = with_gradients(lambda x, y: eval(their_call, names | {"x": x[:, 0], "y": y[:, 0]}), x, y)
+    unit = partial(torch.nn.functional.normalize, dim=-1)  # it compares cosines, also in its gradients
+    got = with_gradients(lambda x, y: eval(our_call, names | {"x": unit(x), "y": unit(y)}), x, y)
     torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-8)

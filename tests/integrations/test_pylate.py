@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 import types
 from collections.abc import Callable
@@ -235,6 +236,78 @@ def test_blocks_nest_and_end_with_an_error() -> None:
     with pytest.raises(ValueError, match="y: expected 2 features"), patch_pylate():
         s.colbert_scores(q, torch.ones(1, 2, 3))
     assert s.colbert_scores is own
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
+def test_patches_are_undone_in_any_order(order: tuple[int, ...]) -> None:
+    s, distillation = scores(), importlib.import_module("pylate.losses.distillation")
+    before = [s.colbert_scores, vars(s.ColBERTScores)["__call__"], distillation.Distillation.__init__.__defaults__]
+
+    def found() -> list[Any]:
+        return [s.colbert_scores, vars(s.ColBERTScores)["__call__"], distillation.Distillation.__init__.__defaults__]
+
+    patches = [patch_pylate(drop_masked=drop) for drop in (True, False, True)]
+    last = found()
+    for i in order:
+        assert patches[2].replaced == [] or found() == last  # what is covered shows nothing when it goes
+        patches[i].undo()
+        assert patches[i].replaced == []
+    assert found() == before
+
+
+def test_a_cell_that_runs_twice_is_undone_at_once() -> None:
+    s = scores()
+    own, method = s.colbert_scores, vars(s.ColBERTScores)["__call__"]
+    for _ in range(3):
+        patch = patch_pylate()
+    assert s.colbert_scores is not own
+    patch.undo()
+    assert s.colbert_scores is own and vars(s.ColBERTScores)["__call__"] is method
+
+
+def test_a_call_within_a_block_and_a_block_over_a_call() -> None:
+    s = scores()
+    own = s.colbert_scores
+    lasting = patch_pylate()
+    exact = s.colbert_scores
+    with patch_pylate(drop_masked=True):
+        dropped = s.colbert_scores
+        patch_pylate()
+        inner = patch_pylate()
+        assert s.colbert_scores not in (own, exact, dropped)
+        inner.undo()
+        assert s.colbert_scores is dropped
+        kept = patch_pylate()
+    assert s.colbert_scores not in (own, exact, dropped)  # made by a call, not by the block
+    kept.undo()
+    assert s.colbert_scores is own and lasting.replaced == []
+
+
+def test_what_others_put_over_ours_stays() -> None:
+    s = scores()
+    own, method = s.colbert_scores, vars(s.ColBERTScores)["__call__"]
+
+    def theirs(*args: Any) -> str:
+        return "theirs"
+
+    patch = patch_pylate()
+    s.colbert_scores = s.ColBERTScores.__call__ = theirs
+    try:
+        patch.undo()
+        assert s.colbert_scores is theirs and vars(s.ColBERTScores)["__call__"] is theirs
+    finally:
+        s.colbert_scores, s.ColBERTScores.__call__ = own, method
+
+
+def test_a_patch_that_fails_leaves_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = scores()
+    with patch_pylate():
+        exact, method = s.colbert_scores, vars(s.ColBERTScores)["__call__"]
+        with monkeypatch.context() as patch:
+            patch.delattr(s.colbert, "colbert_kd_scores")
+            with pytest.raises(ImportError, match="colbert_kd_scores: expected a function to replace"):
+                patch_pylate()
+        assert s.colbert_scores is exact and vars(s.ColBERTScores)["__call__"] is method
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

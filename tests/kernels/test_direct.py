@@ -342,6 +342,90 @@ def test_vmap(direct: list[str]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_torch_func_gives_the_gradient_of_backward(case: str, direct: list[str]) -> None:
+    name, function, tensors = CASES[case]
+    places = tuple(range(len(tensors)))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return function(*tensors).square().sum()
+
+    expected = torch.autograd.grad(loss(*(given := leaves(tensors))), given)
+    direct.clear()
+    torch.testing.assert_close(torch.func.grad(loss, places)(*tensors), expected)
+    value, pull = torch.func.vjp(loss, *tensors)
+    torch.testing.assert_close(pull(torch.ones_like(value)), expected)
+    with pytest.raises(RuntimeError, match=r"second derivative|not implemented"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x, *tensors[1:]).sum())(tensors[0])
+    assert name not in direct and f"{name}_backward" not in direct
+
+
+@pytest.mark.parametrize("case", ["smooth_chamfer, masks", "slot_attention, all arguments", "maxsim", "infonce"])
+def test_torch_func_transforms_compose(case: str) -> None:
+    _, function, (x, *others) = CASES[case]
+
+    def of_x(x: Tensor) -> Tensor:
+        return function(x, *others)
+
+    both = torch.stack((x, x.roll(1, 0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no batching rule
+        one_by_one = torch.stack([torch.func.grad(lambda x: of_x(x).sum())(x) for x in both])
+        each = torch.func.vmap(torch.func.grad(lambda x: of_x(x).sum()))(both)
+        together = torch.func.grad(lambda both: torch.func.vmap(of_x)(both).sum())(both)
+        jacobian = torch.func.jacrev(of_x)(x)
+    torch.testing.assert_close(each, one_by_one)
+    torch.testing.assert_close(together, one_by_one)
+    torch.testing.assert_close(jacobian.reshape(-1, *x.shape).sum(0), one_by_one[0])
+
+
+def test_torch_func_under_autocast() -> None:
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return smooth_chamfer(x, Y.float()).float().sum()
+
+    (x,) = leaves((X.float(),))
+    assert torch.equal(torch.func.grad(loss)(X.float()), torch.autograd.grad(loss(x), x)[0])
+
+
+FORWARD_MODE = r"has no forward-mode derivative \(jvp\)|Trying to use forward AD with segment_reduce"
+"""The second are torch's words, of mean vectors."""
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_mode_raises(case: str, place: str, direct: list[str]) -> None:
+    """Instead of a tangent of zeros."""
+    _, function, tensors = CASES[case]
+    i = 0 if place == "first" else len(tensors) - 1
+
+    def of_one(v: Tensor) -> Tensor:
+        return function(*tensors[:i], v, *tensors[i + 1 :])
+
+    with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+        torch.func.jvp(of_one, (tensors[i],), (torch.ones_like(tensors[i]),))
+    for requires_grad in (False, True):
+        leaf = tensors[i].clone().requires_grad_(requires_grad)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=FORWARD_MODE):
+            of_one(forward_ad.make_dual(leaf, torch.ones_like(leaf)))
+    assert not direct
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_mode_raises_beside_compilers_and_masks(masked: bool) -> None:
+    """Where rows are gathered before the op."""
+    torch._dynamo.reset()
+    options = MASKS if masked else {}
+    for function in (set_similarity, torch.compile(set_similarity, backend="eager")):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=FORWARD_MODE):
+            function(forward_ad.make_dual(X, X), Y, "chamfer", **options)
+
+
+def test_codes_have_no_forward_mode() -> None:
+    with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+        torch.func.jvp(lambda x: set_similarity(x, (20 * Y).to(torch.int8), "maxsim"), (X.float(),), (X.float(),))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_compilers_see_the_op(case: str, direct: list[str]) -> None:
     name, function, tensors = CASES[case]
     seen: list[str] = []

@@ -183,6 +183,7 @@ def test_other_similarities(kind: Any, stored: str) -> None:
 
 GOOD: dict[str, Any] = {"queries": sets(3, 2, 8), "gallery": sets(5, 2, 8), "k": 2}
 CODES = {"gallery": torch.zeros(5, 2, 8, dtype=torch.int8)}
+NESTED = torch.nested.nested_tensor([torch.ones(2, 8)] * 3, layout=torch.jagged)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,8 @@ CODES = {"gallery": torch.zeros(5, 2, 8, dtype=torch.int8)}
         ({"kind": "colbert"}, ValueError, "kind: expected one of smooth_chamfer, .*, got 'colbert'"),
         ({"reduction": "mean"}, ValueError, "reduction: expected 'sum' for smooth_chamfer"),
         ({"kind": "match_probability", "match_bias": torch.inf}, ValueError, "match_bias: expected a finite number"),
+        ({"queries": NESTED}, TypeError, "queries: expected a padded tensor .*, got a nested one"),
+        ({"gallery": NESTED}, TypeError, "gallery: expected a padded tensor .*, got a nested one"),
         ({"chunk": 0}, ValueError, "chunk: expected at least 1, got 0"),
         ({"chunk": 1.5}, TypeError, "chunk: expected an int or None, got float"),
     ],

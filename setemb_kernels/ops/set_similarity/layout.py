@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from setemb_kernels import _check
+from setemb_kernels._library import define
 from setemb_kernels.ops import gather_rows
+
+SIZES = "setemb::set_sizes"
+
+define(SIZES, "(Tensor offsets, SymInt rows, str name) -> Tensor")
 
 
 class PackedSets(NamedTuple):
@@ -116,21 +121,44 @@ def _offsets_of(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def means(sets: PackedSets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def means(name: str, sets: PackedSets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The mean vector of each set ``[N, D]``, accumulated in dtype, and which sets have a vector ``[N]``."""
     rows = sets.decoded(dtype).rows
-    counts = sets.offsets.diff()
+    counts = _sizes(f"{name}_offsets", sets.offsets, rows)
     last = sets.rows.shape[0] - sets.offsets[-1:]  # rows of no set are a segment of their own
     total = torch.segment_reduce(rows, "sum", lengths=torch.cat([counts, last]), initial=0.0, unsafe=True)[:-1]
     return total / counts.clamp(min=1).to(rows.dtype)[:, None], counts > 0
 
 
+def _sizes(name: str, offsets: Tensor, rows: Tensor) -> Tensor:
+    """How many vectors each set has; offsets are checked where the kernels of the other kinds check them."""
+    if rows.device.type != "cpu":
+        return offsets.diff()
+    sizes: Tensor = torch.ops.setemb.set_sizes(offsets, rows.shape[0], name)
+    return sizes
+
+
+@torch.library.impl(SIZES, "CompositeExplicitAutograd")
+def _(offsets: Tensor, rows: int, name: str) -> Tensor:
+    """An op, as what is traced cannot depend on values."""
+    check_offsets(name, offsets, rows)
+    return offsets.diff()
+
+
+@torch.library.register_fake(SIZES)
+def _(offsets: Tensor, rows: int, name: str) -> Tensor:
+    return offsets.new_empty(offsets.shape[0] - 1)
+
+
 def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
     """Offsets whose values can be read without waiting for a device."""
-    if int(offsets[0]) != 0 or int(offsets[-1]) > rows or bool((offsets.diff() < 0).any()):
-        raise ValueError(
-            f"{name}: expected offsets from 0 that never decrease, at most {rows}, got {offsets[:4].tolist()}.."
-        )
+    before = torch.cat((offsets.new_zeros(1), offsets[:-1]))
+    wrong = (offsets < before) | (offsets > rows)
+    wrong[0] |= offsets[0] != 0
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        got = f"{int(offsets[i])} at [{i}]" + (f", after {int(offsets[i - 1])}" if i else "")
+        raise ValueError(f"{name}: expected offsets from 0 that never decrease, at most {rows}, got {got}")
 
 
 def check_candidates(candidates: Tensor, sets: int) -> None:

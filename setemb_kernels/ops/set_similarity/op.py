@@ -80,7 +80,8 @@ def set_similarity(
             padded ``[N, K, D]``, all vectors valid or as the mask says; packed rows ``[X, D]`` with offsets; or a
             nested tensor of layout ``torch.jagged`` ``[N, *, D]``. For scoring, without gradients, either may be of
             int8 or float8_e4m3fn, next to any dtype on the other side: the result is that of the decoded vectors in
-            float32, in float64 next to that.
+            float32, in float64 next to that. Where the device multiplies int8, sums of int8 with int8 are exact up to
+            65,536 features.
         kind: see above.
         alpha: sharpness of smooth_chamfer and soft_maxsim, a finite number > 0, or a 0-dim tensor that may require a
             gradient.
@@ -233,13 +234,14 @@ def _product_of_means(xs: PackedSets, ys: PackedSets, candidates: Tensor | None,
         dtype = torch.get_autocast_dtype(device)
         xs, ys = (s._replace(rows=s.rows.to(dtype)) for s in (xs, ys))
     with torch.autocast(device, enabled=False):
-        (x, x_some), (y, y_some) = means(xs, wider), means(ys, wider)
+        (x, x_some), (y, y_some) = means("x", xs, wider), means("y", ys, wider)
         one, nothing = _check.number(1.0), _check.number(0.0)
         offsets = (torch.arange(v.shape[0] + 1, device=v.device) for v in (x, y))
         s = ops.set_similarity(x, next(offsets), y, next(offsets), candidates, one, nothing, "max", False, True)
-        both = x_some[:, None] & (y_some if candidates is None else y_some[candidates.clamp(min=0)])
-        if candidates is not None:
-            both = both | (candidates < 0)
+        if candidates is None:
+            both = x_some[:, None] & y_some
+        else:  # -1 is none, also where y has no set
+            both = x_some[:, None] & torch.cat((y_some, y_some.new_zeros(1)))[candidates] | (candidates < 0)
         s = torch.where(both, s, 0)
         if wide or dtype == s.dtype:
             return s

@@ -152,6 +152,16 @@ ERRORS: dict[str, tuple[Any, type[Exception], str, dict[str, Any]]] = {
     "bias": (set_sigmoid_loss, ValueError, "bias: expected a finite number, got inf", {"bias": float("inf")}),
     "bias of integers": (set_sigmoid_loss, TypeError, "bias: expected a floating", {"bias": torch.tensor(1)}),
     "features": (set_triplet_loss, ValueError, "y: expected 5 features", {"y": torch.ones(3, 2, 4)}),
+    **{
+        f"nested {side} of {loss.__name__}": (
+            loss,
+            TypeError,
+            f"{side}: expected a padded tensor .*got a nested one: pad it, as torch.nested.to_padded_tensor does",
+            {side: torch.nested.nested_tensor([torch.ones(2, 5)] * 3, layout=torch.jagged)},
+        )
+        for side in ("x", "y")
+        for loss in (set_triplet_loss, set_infonce_loss, set_sigmoid_loss)
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ MIXED = [
     (torch.float8_e4m3fn, torch.float8_e4m3fn),
     (torch.float32, torch.float8_e4m3fn),
 ]
+PROCESSOR = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 ALL_KINDS = ("smooth_chamfer", "chamfer", "maxsim", "soft_maxsim", "max", "mean", "match_probability")
 
 
@@ -68,6 +70,17 @@ def test_one_side_or_both(
 def test_y_alone(case: Case, kind: str, dtype: torch.dtype) -> None:
     """Decoded as it is read."""
     check(run, case, kind, torch.float32, dtype)
+
+
+@pytest.mark.skipif("avx512_vnni" not in PROCESSOR, reason="other processors sum in float32")
+@pytest.mark.parametrize("features", [1 << 16, (1 << 16) + 1])
+def test_int8_is_summed_exactly(features: int) -> None:
+    """As far as is said; beyond that sums do not overflow."""
+    x, y = (torch.randint(-127, 128, (1, 1, features), generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    for a, b in ((x, y), (x, x), (torch.full_like(x, -128), torch.full_like(x, 127))):
+        truth = (a * b).sum().float()
+        got = set_similarity(a.to(torch.int8), b.to(torch.int8), "max").squeeze()
+        torch.testing.assert_close(got, truth, rtol=0 if features <= 1 << 16 else 1e-4, atol=0)
 
 
 def test_every_float8_is_decoded() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import setemb_kernels
 from setemb_kernels import set_similarity, smooth_chamfer
+from setemb_kernels.ops.set_similarity import reference
 from tests.kernels.set_similarity.cases import KINDS, Case
 
 ALL_KINDS = (*KINDS, "mean")
@@ -325,18 +326,28 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "offsets beyond the rows": (
         ValueError,
-        "x_offsets: expected offsets from 0 that never decrease, at most 5",
+        r"x_offsets: expected offsets from 0 that never decrease, at most 5, got 6 at \[2\], after 2",
         {"x": torch.ones(5, 5), "x_offsets": OFFSETS},
     ),
     "offsets that decrease": (
         ValueError,
-        "x_offsets: expected offsets from 0 that never decrease, at most 6",
+        r"x_offsets: expected offsets from 0 that never decrease, at most 6, got 2 at \[2\], after 4",
         {"x": torch.ones(6, 5), "x_offsets": torch.tensor([0, 4, 2, 6])},
     ),
     "offsets not from 0": (
         ValueError,
-        "y_offsets: expected offsets from 0",
+        r"y_offsets: expected offsets from 0 that never decrease, at most 6, got 1 at \[0\]$",
         {"y": torch.ones(6, 5), "y_offsets": OFFSETS + 1},
+    ),
+    "offsets from before the rows": (
+        ValueError,
+        r"y_offsets: expected offsets from 0 that never decrease, at most 6, got -1 at \[0\]$",
+        {"y": torch.ones(6, 5), "y_offsets": OFFSETS - 1},
+    ),
+    "offsets of codes": (
+        ValueError,
+        r"y_offsets: expected offsets from 0 that never decrease, at most 5, got 6 at \[2\], after 2",
+        {"y": torch.ones(5, 5).to(torch.int8), "y_offsets": OFFSETS},
     ),
     "pairs of other numbers": (
         ValueError,
@@ -400,12 +411,47 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors_name_argument_got_and_expected(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ERRORS for kind in (ALL_KINDS if "kind" not in ERRORS[name][2] else [""])],
+)
+def test_errors_name_argument_got_and_expected(name: str, kind: str) -> None:
     error, message, change = ERRORS[name]
-    arguments: dict[str, Any] = {"x": torch.ones(3, 2, 5), "y": torch.ones(4, 3, 5), "kind": "maxsim"} | change
+    arguments: dict[str, Any] = {"x": torch.ones(3, 2, 5), "y": torch.ones(4, 3, 5), "kind": kind} | change
     with pytest.raises(error, match=message):
         set_similarity(**arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in ERRORS if name.startswith("offsets") and "y" in ERRORS[name][2]])
+def test_wrong_offsets_stop_a_compiled_mean(name: str) -> None:
+    """There the check cannot be Python's."""
+    error, message, change = ERRORS[name]
+    compiled = torch.compile(set_similarity, fullgraph=True, dynamic=True, backend="aot_eager")
+    with pytest.raises(error, match=message):
+        compiled(torch.ones(3, 2, 5), kind="mean", **change)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 9], [0, 4, 2], [-1, 2, 4], [0, 0, 0, 7], [3]])
+def test_wrong_offsets_are_told_alike_by_every_implementation(offsets: list[int]) -> None:
+    y_offsets, number = torch.tensor(offsets), torch.tensor(1.0)
+    arguments = (torch.ones(6, 5), torch.tensor([0, 6]), torch.ones(6, 5), y_offsets, None, number, number)
+    told = set()
+    for function in (torch.ops.setemb.set_similarity, reference.forward):
+        with pytest.raises(ValueError, match="y_offsets") as error:
+            function(*arguments, "maxsim", False, False)
+        told.add(str(error.value))
+    with pytest.raises(ValueError, match="y_offsets") as error:
+        set_similarity(torch.ones(1, 6, 5), torch.ones(6, 5), "mean", y_offsets=y_offsets)
+    assert told == {str(error.value)}
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_candidates_where_there_is_no_set(kind: Any) -> None:
+    x, rows = sets(3, 2, 5), sets(4, 5, seed=1)
+    s = set_similarity(x, rows, kind, y_offsets=torch.tensor([0]), candidates=torch.full((3, 2), -1))
+    assert torch.equal(s, torch.full((3, 2), -torch.inf, dtype=torch.float64))
+    s.sum().backward()
+    assert (x.grad == 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

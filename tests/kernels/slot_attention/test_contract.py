@@ -128,6 +128,11 @@ def test_second_derivative_raises() -> None:
 ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "q of three dimensions": (ValueError, "q: expected 4 dimensions", {"q": torch.ones(3, 4, 5)}),
     "k no tensor": (TypeError, "k: expected a torch.Tensor, got list", {"k": [1.0]}),
+    "q nested": (
+        TypeError,
+        "q: expected a padded tensor .*, got a nested one: pad it, as torch.nested.to_padded_tensor does, .*a mask$",
+        {"q": torch.nested.nested_tensor([torch.ones(4, 5)], layout=torch.jagged)},
+    ),
     "q of integers": (TypeError, "q: expected float32.*got int64", {"q": torch.ones(2, 3, 4, 5).long()}),
     "features differ": (ValueError, "k: expected 5 features as in q, got 6", {"k": torch.ones(2, 3, 7, 6)}),
     "items differ": (ValueError, "k: expected 2 items as in q, got 1", {"k": torch.ones(1, 3, 7, 5)}),

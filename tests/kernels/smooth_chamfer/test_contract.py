@@ -138,6 +138,11 @@ def test_second_derivative_raises() -> None:
 ERRORS = {
     "x of two dimensions": (ValueError, "x: expected 3 dimensions", {"x": torch.ones(3, 5)}),
     "y no tensor": (TypeError, "y: expected a torch.Tensor, got list", {"y": [1.0]}),
+    "y nested": (
+        TypeError,
+        r"y: expected a padded tensor \[sets, vectors, features\], got a nested one: pad it, .*call set_similarity",
+        {"y": torch.nested.nested_tensor([torch.ones(3, 5)], layout=torch.jagged)},
+    ),
     "x of integers": (TypeError, "x: expected float32.*got int64", {"x": torch.ones(3, 2, 5, dtype=torch.int64)}),
     "features differ": (ValueError, "y: expected 5 features as in x, got 6", {"y": torch.ones(4, 3, 6)}),
     "dtypes differ": (TypeError, "y: expected float32 as in x, got float64", {"y": torch.ones(4, 3, 5).double()}),
