@@ -165,7 +165,7 @@ def test_listed_pairs(
         sets = tiles.Sets(*tensors[:2], torch.tensor(9.0), torch.tensor(0.0), *tensors[2:], None, None)
         n, m, g = (v.to(device) for v in (rows, columns, grad))
         gradients = tiles.Gradients(sets, True, True, True, False)
-        gradients.x += 1
+        gradients.x.add_(1)
         similarity = pairs.similarities(sets, n, m)
         pairs.add_summed(gradients, n.clamp(min=0), m.clamp(min=0), g)
         results.append([v.cpu() for v in (similarity, gradients.x, gradients.y, gradients.alpha)])
