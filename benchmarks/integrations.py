@@ -83,6 +83,17 @@ def _pylate_contrastive(scale: int) -> Step:
     return step(lambda q, d: metric(q, d, documents_mask=mask), units(n, 32, 128), units(n, 2, 180, 128))
 
 
+def _pylate_in_batch(scale: int) -> Step:
+    """As its `Contrastive` loss scores a batch: every query with every document."""
+    scores = importlib.import_module("pylate.scores")
+    n = 256 // scale
+
+    def loss(q: Tensor, d: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(scores.colbert_scores(q, d), torch.arange(n))
+
+    return step(loss, units(n, 32, 128), units(n, 180, 128))
+
+
 def _pylate_distillation(scale: int) -> Step:
     scores = importlib.import_module("pylate.scores")
     n = 16 // scale
@@ -187,6 +198,9 @@ def _dive(scale: int, *, ours: bool = False) -> Step:
 CASES = {
     "PyLate, contrastive: 64 queries of 32, 128 documents of 60 to 180, forward + backward": Case(
         "pylate", "pylate", _pylate_contrastive, integrations.patch_pylate
+    ),
+    "PyLate, InfoNCE in a batch: 256 queries of 32, 256 documents of 180, forward + backward": Case(
+        "pylate", "pylate", _pylate_in_batch, integrations.patch_pylate
     ),
     "PyLate, distillation: 16 queries of 32, each 16 documents of 60 to 180, forward + backward": Case(
         "pylate", "pylate", _pylate_distillation, integrations.patch_pylate

@@ -33,6 +33,11 @@ def package_peers(query: Tensor, documents: Tensor) -> dict[str, Function]:
             continue
         q, d = query.numpy(), documents.numpy()
         peers[name] = lambda package=package, q=q, d=d: package.maxsim_scores(q, d)
+    try:
+        scores: Any = importlib.import_module("pylate.scores")
+    except ImportError:
+        return peers
+    peers["pylate"] = lambda: scores.colbert_scores(query[None], documents)
     return peers
 
 

@@ -145,11 +145,12 @@ def infonce_gradient_kernel(
     scale, weight,  # []
     x_ids, y_ids,
     row_lse, row_weight, column_lse, column_weight,  # [n], [n], [m], [m]
-    parts,  # [blocks]: sums of what z gets, times s
+    parts,  # [blocks]: sums of g s
     n, m, stride, x_start, y_start, row_stride, column_stride,
     GROUPS: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of InfoNCE for the similarities of a tile, in their place; see `contrast`."""
+    """The gradients of InfoNCE for the similarities of a tile, in their place; see `contrast`, whose weight comes times
+    the scale."""
     row, column, exists = _block(n, m, ROWS, COLUMNS)
     place = _pointers(s, row, column, stride)
     similarity = tl.load(place, mask=exists, other=0)
@@ -163,7 +164,7 @@ def infonce_gradient_kernel(
         share = tl.load(column_weight + column * column_stride, mask=column < m, other=0)[None, :]
         g += tl.where(positive, -tl.sigmoid(below), tl.exp(-below) * share)
     g *= tl.load(weight)
-    tl.store(place, g * tl.load(scale), mask=exists)
+    tl.store(place, g, mask=exists)
     tl.store(parts + _own_part(), tl.sum(tl.sum(tl.where(exists, g * similarity, 0.0), 1), 0))
 
 

@@ -60,12 +60,12 @@ def infonce_gradients(
         _triton.launch(
             kernels.infonce_gradient_kernel, (across, down),
             (
-                s, scale, weight, *_ids(ids), rows[0], rows[1], columns[0], columns[1], parts,
+                s, scale, weight * scale, *_ids(ids), rows[0], rows[1], columns[0], columns[1], parts,
                 *_layout(s, ids), rows.stride(1), columns.stride(1),
             ),
             GROUPS=_grouped(ids), SYMMETRIC=symmetric, **BLOCK,
         )  # fmt: skip
-    return s, parts.sum(dtype=torch.float64)
+    return s, parts.sum(dtype=torch.float64) / scale
 
 
 def sigmoid_cost(s: Tensor, ids: Ids, scale: Tensor, bias: Tensor) -> Tensor:

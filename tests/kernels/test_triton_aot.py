@@ -27,6 +27,9 @@ from setemb_kernels.ops.slot_attention import triton as slot_attention  # noqa: 
 from setemb_kernels.ops.smooth_chamfer import triton as smooth_chamfer  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton_light  # noqa: E402
 
+CACHE = Path(__file__).parents[2] / "build" / "triton"
+"""What did not change since the last run is not compiled again: Triton names it by its source, options and version."""
+
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ANY_TENSOR_CORES = "|".join(TENSOR_CORES.values())  # a tile of fewer rows than the newest take
@@ -237,7 +240,8 @@ def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
         builds = set_similarity.configs(p["kind"], p["K"], p["L"], p["D"], p["dtype"], p["candidates"], p["candidates"])
     else:
         builds = slot_attention.configs(p["heads"], p["K"], p["D"], p["dtype"], p["masked"])
-    with tempfile.TemporaryDirectory() as folder:  # Triton's own cache keeps what did not change since the last run
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+    with tempfile.TemporaryDirectory() as folder:
         return [_report(build, arch, Path(folder) / "kernel.cubin") for build in builds]
 
 
