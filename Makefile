@@ -18,7 +18,7 @@ demo: .venv/built
 	$(BIN)/setemb demo --out runs/demo
 
 test: .venv/built
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/built
 	$(BIN)/python -m pytest benchmarks $(ROWS)
