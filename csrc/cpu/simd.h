@@ -53,6 +53,20 @@ inline Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
+// v, which the compiler may not look into: a product that is added to something afterwards is rounded first, as it is
+// where no multiply-add can take its place.
+template <class T>
+inline Vec<T> opaque(Vec<T> v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
 // These keep a NaN in `a`: every comparison with it is false.
 template <class T>
 inline Vec<T> at_most(Vec<T> a, Vec<T> limit) {

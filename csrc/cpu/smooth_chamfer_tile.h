@@ -184,13 +184,14 @@ class ChamferEpilogue {
       V sum = V{}, dot = V{};
       for (int64_t l = 0; l < t_.L; ++l) {
         T* p = at(n, k, l, m);
-        const V z = load(p) * sharpness_;
-        V e = exp2_in_range<T>(z);
+        const V c = load(p);
+        V e = exp2_in_range<T>(c * sharpness_);  // rounded as it is without kAlpha: a loss compares similarities
         if (kMasked) e *= column_valid(l, m);
         if (kStore) store(p, e);
         sum += e;
         column_sum_[l] += e;
         if (kAlpha) {
+          const V z = opaque<T>(c) * sharpness_;
           dot += e * z;
           column_dot_[l] += e * z;
         }

@@ -1,8 +1,9 @@
 // Where the backward pass of smooth-Chamfer has the upstream gradient from: a matrix, or a loss that makes it from the
 // similarity itself, while the tile of scores is at hand. Formulas of the losses: setemb_kernels/losses/contrast.py.
 //
-// A source has `row(n, first, width, line)`: a function of (m, similarity) for set n of x, which gives g of the sets
-// first + m, ..., first + m + lanes of y; `similarity()` makes s of those pairs. What is beyond `width` has g = 0.
+// A source has `row(n, first, width, line, sums)`: a function of (m, similarity) for set n of x, which gives g of the
+// sets first + m, ..., first + m + lanes of y; `similarity()` makes s of those pairs. What is beyond `width` has g = 0.
+// A matrix works in `line`, a loss adds to `sums`.
 #pragma once
 
 #include <algorithm>
@@ -154,7 +155,7 @@ class ContrastGradient {
   }
 
   V competing(V s, VI positive, T row_lse, T row_weight, int64_t m) const {
-    const V z = s * scale_;
+    const V z = opaque<T>(s * scale_);  // rounded as in the log-sum-exps, which it is compared with
     V by_logit = from_side(z, positive, splat(row_lse), splat(row_weight));
     if (loss_.columns != nullptr)
       by_logit += from_side(z, positive, load(column_lse_.data() + m), load(column_weight_.data() + m));

@@ -32,8 +32,9 @@ define(
 
 
 class Contrast(NamedTuple):
-    """One of these losses: 0-dim numbers, and ``[2, N]``, ``[2, M]`` log-sum-exps L and weights R and C; without rows
-    it is the sigmoid loss, without columns rows alone compete. All in `Sets.dtype`, on the device of the sets."""
+    """One of these losses: 0-dim numbers, and in `Sets.dtype` ``[2, N]`` and ``[2, M]`` log-sum-exps L and weights R, C.
+
+    Without rows it is the sigmoid loss, without columns rows alone compete. All on the device of the sets."""
 
     scale: Tensor
     bias: Tensor
@@ -91,11 +92,13 @@ def backward_by_tiles(
     need_y: bool,
     need_alpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the op is, in terms of others; losses do without it where no compiled kernel serves."""
     sets = Sets(x, y, alpha, alpha, x_mask, y_mask, x_group, y_group)
     gradients = Gradients(sets, need_x, need_y, need_alpha, False)
     sums = _add_tiles(sets, gradients, Contrast(scale, bias, weight, rows, columns))
-    nothing = x.new_empty(0, dtype=sets.dtype)
-    return gradients.x if need_x else nothing, gradients.y if need_y else nothing.clone(), gradients.alpha, sums
+    by_x = gradients.x.contiguous() if need_x else x.new_empty(0, dtype=sets.dtype)
+    by_y = gradients.y.contiguous() if need_y else y.new_empty(0, dtype=sets.dtype)
+    return by_x, by_y, gradients.alpha, sums
 
 
 @torch.library.register_fake(BACKWARD)

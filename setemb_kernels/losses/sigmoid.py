@@ -2,7 +2,7 @@
 
 With ``z = scale s + bias`` and t = 1 for positive pairs, -1 for others, ``loss = sum softplus(-t z) / N``, and
 ``dL/dz = -t sigmoid(-t z) / N``. Nothing has to be kept for the backward: it makes the similarities again, which is one
-product more than gradients made in the forward would take (5 against 4), and no second copy of the gradients.
+product more than gradients made in the forward would take, and no second copy of the gradients. See `contrast`.
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ class Gradients:
         return self._sums[name]
 
     def add(self, x: Tensor, y: Tensor, alpha: Tensor) -> None:
-        """Gradients of whole x and y in `Sets.dtype`, which become the sums where there are none yet."""
+        """Gradients of whole x and y in `Sets.dtype`, which become the sums where there are none yet: the caller gives
+        them away."""
         need_x, need_y, need_alpha, _ = self.needs
         for name, need, part in (("x", need_x, x), ("y", need_y, y)):
             if need and name in self._sums:

@@ -16,7 +16,7 @@ from torch import Tensor
 from setemb_kernels import _check
 from setemb_kernels._direct import ops
 from setemb_kernels._library import define, forbid_double_backward, implement, register_autocast, register_autograd
-from setemb_kernels.backends import AUTOMATIC, OpBackends, compiled_serves
+from setemb_kernels.backends import AUTOMATIC, OpBackends
 from setemb_kernels.ops.smooth_chamfer import reference
 
 FORWARD = "setemb::smooth_chamfer"
@@ -27,22 +27,15 @@ MAX_VECTORS = (256, 128)
 tests/kernels/test_triton_aot.py are compiled without spills; a few others spill some bytes (K = 32, L = 4, masked, with
 a gradient for alpha, on sm_90: 24), and above 64 vectors more do."""
 
-MOST_SCORES = 1 << 18
-"""Of a pair of sets on a CPU, whose tile, of 16 pairs in float32, then takes 16 MiB."""
-
-FEW_SETS = 4
-"""Of y on a CPU, which fill a quarter of a vector and less: from 1024 scores a pair on, streaming takes 0.1 to 0.5 of
-the time."""
-
 
 def streams(x: Tensor, y: Tensor) -> bool:
-    """Whether padded sets are too long for the kernels of this op, or too few to fill their tiles: those of
-    `set_similarity` serve them."""
+    """Whether padded sets are too long for the kernels of this op on a GPU: those of `set_similarity` serve them.
+
+    Not on a CPU, where the op takes any, and where a dot product out of range is finite in the end."""
+    if x.device.type != "cuda" or x.dtype == torch.float64 or BACKENDS.chosen not in (AUTOMATIC, "triton"):
+        return False
     K, L = x.shape[1], y.shape[1]
-    if x.device.type == "cuda":
-        fits = max(K, L) <= MAX_VECTORS[0] and min(K, L) <= MAX_VECTORS[1]
-        return not fits and x.dtype != torch.float64 and BACKENDS.chosen in (AUTOMATIC, "triton")
-    return compiled_serves(x) and (K * L > MOST_SCORES or (K * L >= 1024 and y.shape[0] <= FEW_SETS))
+    return max(K, L) > MAX_VECTORS[0] or min(K, L) > MAX_VECTORS[1]
 
 
 def smooth_chamfer(
@@ -75,8 +68,8 @@ def smooth_chamfer(
     Args:
         x: ``[N, K, D]`` float32, bfloat16, float16 or float64 (float64 on a GPU: the reference). Any strides.
         y: ``[M, L, D]`` of the same dtype and device; K and L may differ. Long sets (on a GPU more than 256
-            vectors, or more than 128 on both sides) are streamed by the kernels of `set_similarity`. The CUDA C++
-            kernel takes up to 64.
+            vectors, or more than 128 on both sides) are streamed by the kernels of `set_similarity`, whose results are
+            finite where the dot products are. The CUDA C++ kernel takes up to 64.
         alpha: sharpness, a finite number > 0, or a 0-dim tensor (CPU or the device of x) that may require a gradient.
             On a GPU the value of a tensor that lives there is not checked (that would wait for the device); one that
             is not positive gives meaningless numbers.

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from setemb_kernels import set_infonce_loss
+from setemb_kernels.backends import build_info
 from setemb_kernels.losses import contrast
+
+pytestmark = pytest.mark.skipif(build_info() is None, reason="the compiled CPU module is not built here")
 
 CONTRAST = torch.ops.setemb.smooth_chamfer_contrast_backward
 
@@ -104,6 +107,23 @@ def test_upstream_near_the_largest_number() -> None:
         fits, beyond = b.abs() < 3.3e38, b.abs() > 3.5e38
         assert fits.any() and beyond.any() and a[beyond].isinf().all()
         torch.testing.assert_close(a[fits].double(), b[fits], rtol=1e-3, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-9])
+def test_small_temperature(temperature: float) -> None:
+    """A loss compares similarities with log-sum-exps of the forward, also where alpha wants a gradient: they have to be
+    rounded alike."""
+    results = []
+    for need_alpha, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.float64)):
+        x, y = (sets(64, 3, 32, torch.float32, seed).to(dtype).requires_grad_() for seed in (0, 1))
+        alpha = torch.tensor(16.0, dtype=dtype, requires_grad=need_alpha)
+        set_infonce_loss(x, y, alpha=alpha, temperature=temperature).backward()
+        results.append((x.grad, y.grad))
+    for got, same, expected in zip(*results, strict=True):
+        assert got is not None and same is not None and expected is not None
+        size = expected.abs().max().item()
+        for gradient in (got, same):
+            assert (gradient.double() - expected).abs().max().item() < 2e-4 * size
 
 
 def test_nan_reaches_its_row_and_column() -> None:

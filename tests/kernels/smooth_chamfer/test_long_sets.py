@@ -1,4 +1,4 @@
-"""Padded sets that are too long, or too few, for smooth_chamfer's kernels: those of set_similarity stream them."""
+"""Long sets: padded ones that smooth_chamfer's kernels for a GPU do not take, which those of set_similarity stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import normalize
 
-from setemb_kernels import set_infonce_loss, set_similarity, smooth_chamfer
+from setemb_kernels import measure, set_infonce_loss, set_similarity, smooth_chamfer
 from setemb_kernels.ops.smooth_chamfer import op
 
 
@@ -22,22 +22,24 @@ def stored(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     return (z.logsumexp(3).mean(2) + z.logsumexp(2).mean(2)) / (2 * alpha)
 
 
-@pytest.mark.parametrize(
-    ("N", "K", "M", "L", "streams"),
-    [
-        (6, 600, 5, 500, True),
-        (2, 700, 300, 1, False),
-        (9, 40, 4, 30, True),
-        (9, 40, 5, 30, False),
-        (9, 31, 4, 33, False),
-    ],
-)
-def test_on_a_cpu(N: int, K: int, M: int, L: int, streams: bool) -> None:
+@pytest.fixture(params=[False, True], ids=["its kernels", "streamed"])
+def streamed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are on a CPU, and as they would be on a GPU."""
+    if request.param:
+        for module in (op, measure):
+            monkeypatch.setattr(module, "streams", lambda x, y: True)
+
+
+@pytest.mark.parametrize(("N", "K", "M", "L"), [(6, 300, 5, 200), (2, 700, 30, 1), (9, 40, 4, 30)])
+def test_long_sets(N: int, K: int, M: int, L: int, streamed: None) -> None:
     x, y, alpha = sets(N, K, 0), sets(M, L, 1), torch.tensor(5.0, dtype=torch.float64)
-    assert op.streams(x, y) == streams
     weight = torch.randn(N, M, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    masks = {"x_mask": torch.arange(K).expand(N, K) < K - 1, "y_mask": None}
     results = []
-    for function in (lambda *v: smooth_chamfer(*v[:2], alpha=v[2]), stored):
+    for function in (
+        lambda x, y, a: smooth_chamfer(x, y, alpha=a, **masks),
+        lambda x, y, a: stored(x[:, :-1], y, a),
+    ):
         leaves = [v.detach().requires_grad_() for v in (x, y, alpha)]
         s = function(*leaves)
         results.append((s.detach(), *torch.autograd.grad((s * weight).sum(), leaves)))
@@ -65,11 +67,10 @@ def test_on_a_gpu(
         assert op.streams(x, y) == streams
 
 
-def test_losses() -> None:
-    """Sets of 600 vectors, where the similarities are those of the streaming op."""
+def test_losses(streamed: None) -> None:
     results = []
     for function in (set_infonce_loss, lambda x, y: stored_infonce(x, y)):
-        x, y = sets(6, 600, 0).requires_grad_(), sets(6, 500, 1).requires_grad_()
+        x, y = sets(6, 300, 0).requires_grad_(), sets(6, 200, 1).requires_grad_()
         loss = function(x, y)
         results.append((loss.detach(), *torch.autograd.grad(loss, (x, y))))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
@@ -85,7 +86,8 @@ def stored_infonce(x: Tensor, y: Tensor) -> Tensor:
 def test_8192_vectors(kind: str) -> None:
     """A document of that many with a page of 1,030 patches, its scores by 512 rows at a time in float64."""
     x, y = sets(1, 8192, 0, torch.float32).requires_grad_(), sets(1, 1030, 1, torch.float32)
-    s = set_similarity(x, y, kind, alpha=8.0, scale=2.0, bias=-0.5)  # type: ignore[arg-type]
+    ends = {"x_offsets": torch.tensor([0, 8192]), "y_offsets": torch.tensor([0, 1030])}
+    s = set_similarity(x[0], y[0], kind, alpha=8.0, scale=2.0, bias=-0.5, **ends)  # type: ignore[arg-type]
     (got,) = torch.autograd.grad(s, x)
     expected, gradient = by_rows(x.detach()[0].double(), y[0].double(), kind)
     assert s.item() == pytest.approx(expected, rel=1e-5)
