@@ -32,7 +32,7 @@ define(
 
 
 class Contrast(NamedTuple):
-    """One of these losses: 0-dim numbers, and in `Sets.dtype` ``[2, N]`` and ``[2, M]`` log-sum-exps L and weights R, C.
+    """One of these losses: 0-dim numbers, and log-sum-exps L and weights R, C, ``[2, N]`` and ``[2, M]`` in `Sets.dtype`.
 
     Without rows it is the sigmoid loss, without columns rows alone compete. All on the device of the sets."""
 
