@@ -32,9 +32,9 @@ define(
 
 
 class Contrast(NamedTuple):
-    """One of these losses: 0-dim numbers, and log-sum-exps L and weights R, C, ``[2, N]`` and ``[2, M]`` in `Sets.dtype`.
+    """One of these losses: 0-dim numbers, and log-sum-exps L and weights R or C, in `Sets.dtype`, on the sets' device.
 
-    Without rows it is the sigmoid loss, without columns rows alone compete. All on the device of the sets."""
+    Without rows ``[2, N]`` it is the sigmoid loss, without columns ``[2, M]`` rows alone compete."""
 
     scale: Tensor
     bias: Tensor
