@@ -172,7 +172,7 @@ def launches_of_sets(N: int, M: int, dtype: torch.dtype) -> list[_triton.Launch]
 @pytest.mark.parametrize("sizes", [((13, 18), (1, 70), (60, 130), (77, 202)), ((8, 64), (3, 128), (77, 192))])
 def test_other_numbers_of_sets_compile_nothing(sizes: Any, dtype: torch.dtype) -> None:
     """Neither where the sets of y are no multiple of 16 nor where they are: one variant each."""
-    first, *others = (list(map(specialised, launches_of_sets(*size, dtype))) for size in sizes)
+    first, *others = (list(map(variant, launches_of_sets(*size, dtype))) for size in sizes)
     assert all(first) and all(other == first for other in others)
 
 

@@ -255,4 +255,4 @@ _plan = functools.lru_cache(_triton.LAYOUTS)(Plan)
 def _place(count: int, slots: int, group: int, rows: int, features: int) -> Place:
     """For so many sets, padded to whole tiles of `rows` rows."""
     sets = _triton.cdiv(count * slots, rows) * rows // slots
-    return Place(sets, slots, group, sizes.block(slots, features, sets))
+    return Place(sets, slots, group, sizes.block(slots, features, rows // slots))
