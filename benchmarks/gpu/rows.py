@@ -28,6 +28,7 @@ from setemb_kernels import (
     slot_attention,
     smooth_chamfer,
 )
+from setemb_kernels.losses import contrast
 from setemb_kernels.ops.smooth_chamfer.op import hardest_kernel
 
 
@@ -50,6 +51,8 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
     n, d = (24, 16) if quick else (16384, 1024)
     for loss in LOSSES:
         yield _loss(device, loss, n, 4, d, BF16)
+    for loss in ("infonce", "sigmoid"):
+        yield _loss(device, loss, n, 4, d, BF16, fused=True)
     for gallery in (BF16, F32, torch.int8):
         yield topk(device, *((5, 60, 4, 16, 3) if quick else (100, 100_000, 4, 256, 10)), gallery)
     yield topk(device, *((1, 80, 4, 16, 3) if quick else (1, 1_000_000, 4, 128, 10)), BF16)
@@ -301,7 +304,8 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
 }
 
 
-def _loss(device: str, name: str, n: int, K: int, D: int, dtype: torch.dtype) -> Row:
+def _loss(device: str, name: str, n: int, K: int, D: int, dtype: torch.dtype, *, fused: bool = False) -> Row:
+    """fused: with a backward kernel that makes the gradients of a loss from its scores; judged by what serves else."""
     ours, eager, products = LOSSES[name]
 
     def make() -> Inputs:
@@ -329,18 +333,31 @@ def _loss(device: str, name: str, n: int, K: int, D: int, dtype: torch.dtype) ->
 
         return prepare
 
+    def with_fused(inputs: Inputs) -> Call:
+        call = step(ours)(inputs)
+
+        def run() -> tuple[Tensor, ...]:
+            before, contrast.FUSED_ON_GPU = contrast.FUSED_ON_GPU, True
+            try:
+                return call()
+            finally:
+                contrast.FUSED_ON_GPU = before
+
+        return run
+
     return Row(
         f"set_{name}_loss",
-        f"forward + backward {n}x{n} K{K} D{D} {name_of(dtype)}",
+        f"forward + backward{', fused' if fused else ''} {n}x{n} K{K} D{D} {name_of(dtype)}",
         make,
-        ours=step(ours),
+        ours=with_fused if fused else step(ours),
         product=product,
         eager=step(eager),
-        compiled=step(compiled(eager, device)),
+        compiled=None if fused else step(compiled(eager, device)),
         products=products,
         operations=2.0 * products * (n * K) ** 2 * D,
         bytes=dtype.itemsize * 4.0 * n * K * D,
-        result=lambda out: out[0].float(),
+        result=(lambda out: out[1]) if fused else (lambda out: out[0].float()),
+        judge=step(ours) if fused else None,
         large=True,
     )
 

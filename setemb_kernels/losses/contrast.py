@@ -7,9 +7,9 @@ With logits ``z = scale s + bias``, of all pairs of a row n and a column m, ``dL
                                 =  R_n e^(z - L_n) + C_m e^(z - L_m)        for a negative one
     sigmoid (see `sigmoid`)   h = -sigmoid(-z), sigmoid(z)                  for a positive, a negative pair
 
-so ``dL/ds = scale weight h``. Where a compiled kernel serves, one op does all of the backward: it makes a tile of
-scores, from them the similarities, from those h, and at once the gradients: three products, where similarities first
-and their backward after that take four, as scores are made for each.
+so ``dL/ds = scale weight h``. On a CPU, where a compiled kernel serves, one op does all of the backward: it makes a
+tile of scores, from them the similarities, from those h, and at once the gradients: three products, where similarities
+first and their backward after that take four, as scores are made for each. `triton_contrast` does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from setemb_kernels._library import define, forbid_double_backward, implement
+from setemb_kernels.losses import torch_tiles
 from setemb_kernels.losses.tiles import Gradients, Sets
+
+FUSED_ON_GPU = False
+"""Whether `triton_contrast` serves on a GPU. Its kernel has not run on one: until a run has shown it right and faster,
+benchmarks and tests alone set this."""
+
+LARGEST_FUSED = 64
+"""Vectors of a set that it takes."""
 
 BACKWARD = "setemb::smooth_chamfer_contrast_backward"
 define(
@@ -54,7 +62,29 @@ def add_gradients(sets: Sets, gradients: Gradients, loss: Contrast) -> Tensor:
         )
         gradients.add(x, y, alpha)
         return sums
+    if fused_on_gpu(sets, gradients.needs):
+        from setemb_kernels.losses import triton_contrast
+
+        x, y, sums = triton_contrast.backward(sets, loss, *gradients.needs[:2])
+        gradients.add(x, y, gradients.alpha)
+        return sums
     return _add_tiles(sets, gradients, loss)
+
+
+def fused_on_gpu(sets: Sets, needs: tuple[bool, ...]) -> bool:
+    """Whether `triton_contrast` serves: 16-bit sets, none of them empty, and no gradient for alpha."""
+    need_x, need_y, need_alpha, _ = needs
+    sizes = *sets.x.shape, *sets.y.shape
+    return (
+        FUSED_ON_GPU
+        and sets.kind == "smooth_chamfer"
+        and sets.kernels is not torch_tiles
+        and sets.x.dtype in (torch.bfloat16, torch.float16)
+        and 0 not in sizes
+        and max(sizes[1], sizes[4]) <= LARGEST_FUSED
+        and (need_x or need_y)
+        and not need_alpha
+    )
 
 
 def _add_tiles(sets: Sets, gradients: Gradients, loss: Contrast) -> Tensor:

@@ -139,6 +139,13 @@ def take_kernel(
     tl.store(out + p, z, mask=inside)
 
 
+@triton.jit
+def infonce_slope(z, positive, lse, weight):
+    """What the costs of a row, or of a column, add to h of a pair with logit z; see `contrast`."""
+    below = lse - z
+    return tl.where(positive, -tl.sigmoid(below), tl.exp(-below) * weight)
+
+
 @triton.jit(do_not_specialize=["x_start", "y_start"])
 def infonce_gradient_kernel(
     s,  # [n, m], becomes g
@@ -156,13 +163,13 @@ def infonce_gradient_kernel(
     similarity = tl.load(place, mask=exists, other=0)
     z = similarity * tl.load(scale)
     positive = _positive(row, column, x_ids, y_ids, x_start, y_start, n, m, GROUPS)
-    below = tl.load(row_lse + row * row_stride, mask=row < n, other=0)[:, None] - z
+    lse = tl.load(row_lse + row * row_stride, mask=row < n, other=0)[:, None]
     share = tl.load(row_weight + row * row_stride, mask=row < n, other=0)[:, None]
-    g = tl.where(positive, -tl.sigmoid(below), tl.exp(-below) * share)
+    g = infonce_slope(z, positive, lse, share)
     if SYMMETRIC:
-        below = tl.load(column_lse + column * column_stride, mask=column < m, other=0)[None, :] - z
+        lse = tl.load(column_lse + column * column_stride, mask=column < m, other=0)[None, :]
         share = tl.load(column_weight + column * column_stride, mask=column < m, other=0)[None, :]
-        g += tl.where(positive, -tl.sigmoid(below), tl.exp(-below) * share)
+        g += infonce_slope(z, positive, lse, share)
     g *= tl.load(weight)
     tl.store(place, g, mask=exists)
     tl.store(parts + _own_part(), tl.sum(tl.sum(tl.where(exists, g * similarity, 0.0), 1), 0))
@@ -197,6 +204,12 @@ def sigmoid_kernel(
     tl.store(parts + _own_part(), tl.sum(tl.sum(tl.where(exists, cost, 0.0), 1), 0))
 
 
+@triton.jit
+def sigmoid_slope(z, positive):
+    """h of a pair with logit z; see `contrast`."""
+    return tl.where(positive, -tl.sigmoid(-z), tl.sigmoid(z))
+
+
 @triton.jit(do_not_specialize=["x_start", "y_start"])
 def sigmoid_gradient_kernel(
     s,  # [n, m], becomes g
@@ -213,7 +226,7 @@ def sigmoid_gradient_kernel(
     factor = tl.load(scale)
     z = similarity * factor + tl.load(bias)
     positive = _positive(row, column, x_ids, y_ids, x_start, y_start, n, m, GROUPS)
-    by_z = tl.where(positive, -tl.sigmoid(-z), tl.sigmoid(z)) * tl.load(weight)
+    by_z = sigmoid_slope(z, positive) * tl.load(weight)
     tl.store(place, by_z * factor, mask=exists)
     by_z = tl.where(exists, by_z, 0.0)
     tl.store(parts + _own_part(), tl.sum(tl.sum(tl.where(exists, by_z * similarity, 0.0), 1), 0))

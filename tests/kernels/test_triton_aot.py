@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from setemb_kernels._triton import Build  # noqa: E402
-from setemb_kernels.losses import triton_pairs, triton_tiles  # noqa: E402
+from setemb_kernels.losses import triton_contrast, triton_pairs, triton_tiles  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton as slot_attention  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton as smooth_chamfer  # noqa: E402
@@ -83,6 +83,12 @@ LISTED = [  # K, L, D, masked and with a gradient for alpha
     (torch.float32, 4, 4, 1024, False),
     (torch.float32, 16, 1, 512, True),
     (torch.float32, 2, 16, 512, True),
+]
+CONTRAST = [  # K, L, D, masked, groups
+    (torch.bfloat16, 4, 4, 1024, False, True),
+    (torch.bfloat16, 1, 1, 64, False, False),
+    (torch.bfloat16, 3, 7, 1024, True, True),
+    (torch.float16, 64, 64, 256, True, False),
 ]
 CODES = [  # oldest architecture that has products of the type, kind, mean K and L, D, scaled
     (80, torch.int8, "maxsim", 32, 120, 128, True),
@@ -189,6 +195,22 @@ def test_tiles_of_losses(arch: int, reports: dict[str, Future[list[Report]]], re
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize(("dtype", "K", "L", "D", "masked", "groups"), CONTRAST)
+def test_contrast(
+    dtype: torch.dtype,
+    K: int,
+    L: int,
+    D: int,
+    masked: bool,
+    groups: bool,
+    arch: int,
+    reports: dict[str, Future[list[Report]]],
+    request: pytest.FixtureRequest,
+) -> None:
+    _check(reports[request.node.name].result(), arch, TENSOR_CORES[arch])
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize(("dtype", "K", "L", "D", "masked"), LISTED)
 def test_listed_pairs(
     dtype: torch.dtype,
@@ -232,6 +254,8 @@ def _compile(test: str, parameters: dict[str, Any]) -> list[Report]:
         builds = list(triton_light.configs(p["K"], p["L"], 1024, p["dtype"], arch))
     elif test == "test_tiles_of_losses":
         builds = triton_tiles.configs()
+    elif test == "test_contrast":
+        builds = triton_contrast.configs(p["K"], p["L"], p["D"], p["dtype"], arch, p["masked"], p["groups"])
     elif test == "test_listed_pairs":
         builds = triton_pairs.configs(p["K"], p["L"], p["D"], p["dtype"], p["masked"])
     elif test == "test_codes":

@@ -46,6 +46,7 @@ NaN: its pairs become NaN, no others do.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ from setemb_kernels.ops.smooth_chamfer import triton_packing as packing
 from setemb_kernels.ops.smooth_chamfer.triton_config import configs
 from setemb_kernels.ops.smooth_chamfer.triton_plan import Operands, Plan, plan_of
 
-__all__ = ["backward", "configs", "forward"]
+__all__ = ["add_chunks", "as_argument", "backward", "configs", "forward"]
 
 WORKSPACE_BYTES = 512 << 20
 """What a call allocates at most for chunks of scores or W and their products; see `_device.workspace_bytes`."""
@@ -77,7 +78,7 @@ def forward(
     if 0 in (N, M, K, L):
         return x.new_zeros(N, M, dtype=dtype)
     with torch.cuda.device_of(x):
-        sharpness = _sharpness(alpha)
+        sharpness = as_argument(alpha)
         light = triton_light.forward(x, y, sharpness, x_mask, y_mask, dtype)
         if light is not None:
             return light
@@ -117,7 +118,7 @@ def backward(
     (N, K), (M, L) = x.shape[:2], y.shape[:2]
     if not need_alpha and (need_x or need_y):
         with torch.cuda.device_of(x):
-            light = triton_light.backward(grad, x, y, _sharpness(alpha), x_mask, y_mask, need_x, need_y)
+            light = triton_light.backward(grad, x, y, as_argument(alpha), x_mask, y_mask, need_x, need_y)
         if light is not None:
             return *light, x.new_empty(0)
     if need_y and (not need_x or M * L > N * K):  # s(X, Y) = s(Y, X), and the side of x needs the smaller accumulator
@@ -130,7 +131,7 @@ def backward(
     if 0 in (N, M, K, L) or not (need_x or need_y or need_alpha):
         return grad_x, grad_y, grad_alpha
     with torch.cuda.device_of(x):
-        sharpness = _sharpness(alpha)
+        sharpness = as_argument(alpha)
         need_chunk = need_x or need_y
         plan = plan_of(
             x, y, x_mask, y_mask, sharpness, grad=grad, need_alpha=need_alpha, need_chunk=need_chunk
@@ -141,8 +142,12 @@ def backward(
             shape = plan.x.height // plan.rows, plan.y.height // plan.part
             parts = grad.new_empty(shape, dtype=torch.float32)
         if need_chunk or plan.stored:
+
+            def make(scores: Tensor | None, chunk: Tensor | None, rows: slice, columns: slice) -> None:
+                plan.weights(operands, scores, grad, chunk, parts, sharpness, rows, columns)
+
             gradients = grad_x if need_x else None, grad_y if need_y else None
-            _add_chunks(grad, plan, operands, (x_mask, y_mask), sharpness, parts, *gradients)
+            add_chunks(make, plan, operands, (x_mask, y_mask), *gradients)
         else:
             every = slice(0, plan.x.height), slice(0, plan.y.height)
             plan.weights(operands, None, grad, None, parts, sharpness, *every)
@@ -151,19 +156,22 @@ def backward(
     return grad_x, grad_y, grad_alpha
 
 
-def _add_chunks(
-    grad: Tensor,
+def add_chunks(
+    make: Callable[[Tensor | None, Tensor | None, slice, slice], None],
     plan: Plan,
     operands: Operands,
     masks: tuple[Tensor | None, Tensor | None],
-    alpha: float | Tensor,
-    alpha_parts: Tensor | None,
     grad_x: Tensor | None,
     grad_y: Tensor | None,
 ) -> None:
-    """W by chunks, each used for both products. Gradients of x are complete with each band of rows."""
+    """W by chunks, each used for both products. Gradients of x are complete with each band of rows.
+
+    Args:
+        make: of scores, unless None, or operands writes W to a chunk, unless None, for rows and columns.
+    """
     height, width = plan.x.height, plan.y.height
-    down, across = _chunk_shape(plan, _device.workspace_bytes(WORKSPACE_BYTES, grad.device) // 2, plan.features * 4)
+    room = _device.workspace_bytes(WORKSPACE_BYTES, operands.x.device) // 2
+    down, across = _chunk_shape(plan, room, plan.features * 4)
     chunk = operands.x.new_empty(down * across)
     x_sum = None if grad_x is None else chunk.new_empty(down, plan.features, dtype=torch.float32)
     y_sum = None if grad_y is None else chunk.new_empty(width, plan.features, dtype=torch.float32)
@@ -176,8 +184,7 @@ def _add_chunks(
                 w = scores = _stored_scores(operands, chunk, rows, columns)
             else:
                 w, scores = _view(chunk, rows, columns), None
-            target = None if grad_x is None and grad_y is None else w
-            plan.weights(operands, scores, grad, target, alpha_parts, alpha, rows, columns)
+            make(scores, None if grad_x is None and grad_y is None else w, rows, columns)
             if x_sum is not None:
                 _add_product(x_sum[: bottom - top], w, operands.y[columns], first=left == 0)
             if y_sum is not None:
@@ -207,7 +214,7 @@ def _stored_scores(operands: Operands, chunk: Tensor, rows: slice, columns: slic
     return torch.mm(operands.x[rows], operands.y[columns].T, out=_view(chunk, rows, columns))
 
 
-def _sharpness(alpha: Tensor) -> float | Tensor:
+def as_argument(alpha: Tensor) -> float | Tensor:
     """As the kernels take it: a number, or where it can't be read without waiting for a device, a tensor."""
     return min(float(alpha), torch.finfo(torch.float32).max) if _on_host(alpha) else alpha
 

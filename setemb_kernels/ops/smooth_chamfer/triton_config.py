@@ -57,7 +57,16 @@ GRADIENT_BLOCK = (16, 512)
 
 
 def variants(
-    K: int, L: int, D: int, dtype: torch.dtype, arch: int, *, masked: bool, backward: bool, alone: bool
+    K: int,
+    L: int,
+    D: int,
+    dtype: torch.dtype,
+    arch: int,
+    *,
+    masked: bool,
+    backward: bool,
+    alone: bool,
+    is_loss: bool = False,
 ) -> list[tuple[bool, Config]]:
     """Whether it shifts, and tile sizes, of each variant that a call launches.
 
@@ -69,6 +78,7 @@ def variants(
         masked: some vectors are not valid.
         backward: the kernel that makes chunks of W, or the forward one.
         alone: the variant for any scores alone.
+        is_loss: the backward kernel makes the upstream gradient itself, which takes more registers.
     """
     if dtype == torch.float32:
         return [(True, _stored_config(K, L))]
@@ -76,6 +86,8 @@ def variants(
     if alone:
         return [(True, shifted)]
     plain = _config(K, L, arch, 128, False, 3 if backward else 4)
+    if is_loss:
+        return [(False, plain._replace(columns=min(plain.columns, plain.part)) if masked else plain), (True, shifted)]
     if 90 <= arch < 100 and plain.rows == plain.part == 128 and D <= LARGEST_PAIRED and not (backward and masked):
         plain = plain._replace(columns=128, num_warps=4, programs=2, num_stages=3)
         if backward:  # beside what a tile of W passes through on its way to memory

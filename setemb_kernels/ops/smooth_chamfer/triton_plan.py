@@ -56,14 +56,16 @@ def plan_of(
     grad: Tensor | None = None,
     need_alpha: bool = False,
     need_chunk: bool = False,
+    is_loss: bool = False,
 ) -> Plan:
-    """The plan of a forward call, whose result has dtype `out`, or of a backward call, with the upstream gradient."""
+    """The plan of a forward call, whose result has dtype `out`, of a backward call with the upstream gradient, or of
+    one whose kernel makes that of a loss."""
     return _plan(
         x.shape, x.stride(), y.shape, y.stride(), x.dtype, x.device, _device.processors(x),
         None if x_mask is None else x_mask.stride(), None if y_mask is None else y_mask.stride(),
         alpha.dtype if isinstance(alpha, Tensor) else None, out,
         None if grad is None else (grad.stride(), grad.dtype), need_alpha, need_chunk,
-        sizes.LARGEST_ALONE,
+        is_loss, sizes.LARGEST_ALONE,
     )  # fmt: skip
 
 
@@ -86,6 +88,7 @@ class Plan:
         grad: tuple[Strides, torch.dtype] | None,
         need_alpha: bool,
         need_chunk: bool,
+        is_loss: bool,
         largest_alone: int,
     ) -> None:
         (self.N, K, self.D), (self.M, L, _) = x_shape, y_shape
@@ -99,8 +102,9 @@ class Plan:
         self.masked = x_mask is not None or y_mask is not None or (x_slots, y_slots) != (K, L)
         alone = need_alpha or largest_alone >= self.N * K * self.M * L
         self.variants = sizes.variants(
-            K, L, self.D, dtype, arch, masked=self.masked, backward=grad is not None, alone=alone
-        )
+            K, L, self.D, dtype, arch,
+            masked=self.masked, backward=grad is not None or is_loss, is_loss=is_loss, alone=alone,
+        )  # fmt: skip
         configs = [config for _, config in self.variants]
         self.rows, self.columns = max(config.rows for config in configs), max(config.columns for config in configs)
         self.part, block_d = configs[0].part, max(config.block_d for config in configs)
@@ -108,7 +112,7 @@ class Plan:
         self.strides: Strides = (0, 0) if grad is None else grad[0]
         self.x = _place(self.N, x_slots, sizes.group(x_slots), self.rows, self.features)
         self.y = _place(self.M, y_slots, self.part // y_slots, self.columns, self.features)
-        self.need_peaks = grad is not None or len(configs) > 1
+        self.need_peaks = grad is not None or is_loss or len(configs) > 1
         self.constants: dict[str, Any] = {
             "K": x_slots,
             "L": y_slots,
@@ -117,10 +121,9 @@ class Plan:
             "ALPHA_ON_DEVICE": alpha_on_device is not None,
             "ALONE": len(configs) == 1,
         }
-        if grad is None:
-            assert out is not None
+        if out is not None:
             self.constants["LIMIT"] = torch.finfo(out).max
-        else:
+        elif not is_loss:
             self.constants |= {"NEED_CHUNK": need_chunk, "NEED_ALPHA": need_alpha}
         self.layout = {
             f"{side}_{name}": value
@@ -155,7 +158,7 @@ class Plan:
     def pack(
         self, x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, grad: Tensor | None = None
     ) -> Operands:
-        """Both operands in tile order, and what all kernels know of them and of the gradient."""
+        """Both operands in tile order, and what all kernels know of them and of the gradient, if there is one."""
         allocate = x.new_zeros if self.need_peaks else x.new_empty
         stats = allocate(packing.PEAKS.value + 3 * (self.x.sets + self.y.sets), dtype=torch.float32)
         x_valid = x.new_empty(self.x.height, dtype=torch.int8) if self.masked else None
@@ -168,8 +171,8 @@ class Plan:
         self, a: Operands, scores: Tensor | None, out: Tensor, alpha: float | Tensor, x: slice, y: slice
     ) -> None:
         """Similarities of rows x and columns y."""
-        for config, launch in self._of(kernels.forward_kernel, x, y):
-            launch(*self._rows(a, config), scores, a.x_valid, a.y_valid, a.stats, out, alpha)
+        for config, launch in self.launches(kernels.forward_kernel, x, y):
+            launch(*self.rows_of(a, config), scores, a.x_valid, a.y_valid, a.stats, out, alpha)
 
     def weights(
         self,
@@ -183,15 +186,12 @@ class Plan:
         y: slice,
     ) -> None:
         """A chunk of W, of rows x and columns y, and sums over its parts for the gradient of alpha."""
-        for config, launch in self._of(kernels.weights_kernel, x, y):
-            target: Any = chunk
-            if chunk is not None and config.bulk:
-                target = _triton.descriptor(chunk, chunk.shape, (config.rows, config.part))
-            rows = self._rows(a, config)
+        for config, launch in self.launches(kernels.weights_kernel, x, y):
+            rows, target = self.rows_of(a, config), None if chunk is None else chunk_of(chunk, config)
             launch(*rows, scores, a.x_valid, a.y_valid, a.stats, grad, target, alpha_parts, alpha)
 
-    def _of(self, kernel: Any, x: slice, y: slice) -> list[tuple[sizes.Config, _triton.Launch]]:
-        """The launches of one chunk."""
+    def launches(self, kernel: Any, x: slice, y: slice) -> list[tuple[sizes.Config, _triton.Launch]]:
+        """The launches of a kernel, always the same of a plan, for one chunk."""
         key = "chunk", x.start, x.stop, y.start, y.stop
         found: list[tuple[sizes.Config, _triton.Launch]] | None = self._launches.get(key)
         if found is None:
@@ -206,14 +206,14 @@ class Plan:
         programs = math.prod(tiles)
         if config.flatten:  # the loop over tiles is pipelined
             programs = min(programs, self.programs * config.programs)
-        numbers: tuple[int, ...] = *self.strides, *first, *tiles, self.y.height // config.part
-        if kernel is kernels.forward_kernel:
-            numbers = *first, *tiles
+        numbers: tuple[int, ...] = *first, *tiles
+        if kernel is kernels.weights_kernel:
+            numbers = *self.strides, *first, *tiles, self.y.height // config.part
         numbers = self.N, self.M, self.features, self.x.sets, self.y.sets, *numbers
         return _triton.Launch(kernel, programs, numbers, SHIFTED=shifted, **self.constants, **config.launch())
 
-    def _rows(self, a: Operands, config: sizes.Config) -> tuple[Any, Any]:
-        """The first arguments of both kernels."""
+    def rows_of(self, a: Operands, config: sizes.Config) -> tuple[Any, Any]:
+        """The first arguments of every kernel that makes scores."""
         if self.stored:
             return None, None
         if not config.bulk:
@@ -250,6 +250,11 @@ class Plan:
 
 
 _plan = functools.lru_cache(_triton.LAYOUTS)(Plan)
+
+
+def chunk_of(chunk: Tensor, config: sizes.Config) -> Any:
+    """A chunk of W as a kernel writes to it."""
+    return _triton.descriptor(chunk, chunk.shape, (config.rows, config.part)) if config.bulk else chunk
 
 
 def _place(count: int, slots: int, group: int, rows: int, features: int) -> Place:

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from setemb_kernels import set_infonce_loss
 from setemb_kernels.backends import build_info
 from setemb_kernels.losses import contrast
+from tests.kernels.losses.contrast_cases import NEAR, arguments, assert_near, sets
 
 pytestmark = pytest.mark.skipif(build_info() is None, reason="the compiled CPU module is not built here")
 
 CONTRAST = torch.ops.setemb.smooth_chamfer_contrast_backward
-
-
-def sets(n: int, k: int, d: int, dtype: torch.dtype, seed: int, norm: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    v = normalize(torch.randn(n, k, d, generator=generator, dtype=torch.float64), dim=-1)
-    return (v * norm).to(dtype)
-
-
-def arguments(
-    loss: str, dtype: torch.dtype, K: int = 3, L: int = 4, norm: float = 1.0, groups: bool = True, weight: float = 0.3
-) -> list[Any]:
-    """Of sets that take several blocks on either side, and leave the last lanes of a vector empty."""
-    generator = torch.Generator().manual_seed(7)
-    N, M, D, wide = 75, 290, 20, torch.float64 if dtype == torch.float64 else torch.float32
-    x, y = sets(N, K, D, dtype, 0, norm), sets(M, L, D, dtype, 1, norm)
-    x_group, y_group = (torch.randint(0, 40, (n,), generator=generator) for n in (N, M))
-    scale, bias, by = (torch.tensor(v, dtype=wide) for v in (12.0 / norm / norm, -5.0, weight))
-    rows, columns = (torch.rand(2, n, generator=generator).to(wide) for n in (N, M))
-    for side in (rows, columns):
-        side[0].mul_(4).add_(12)  # log-sum-exps
-    if loss == "sigmoid":
-        rows = columns = None
-    if loss == "infonce, rows":
-        columns = None
-    ids = (x_group, y_group) if groups else (None, None)
-    alpha = torch.tensor(9.0 / norm / norm, dtype=torch.float64)
-    return [x, y, alpha, None, None, scale, bias, by, rows, columns, *ids]
-
-
-NEAR = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""In 16 bits the tiles' weights are rounded, of either."""
-
-
-def assert_near(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], near: float) -> None:
-    for name, a, b in zip(("x", "y", "alpha", "sums"), got, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape, name
-        size = b.nan_to_num(0).abs().max().item() if b.numel() else 0
-        torch.testing.assert_close(a, b, rtol=near, atol=near * size, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("groups", [True, False], ids=["groups", "diagonal"])

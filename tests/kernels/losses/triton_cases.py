@@ -17,10 +17,21 @@ from torch.nn.functional import normalize
 pytest.importorskip("triton")
 
 from setemb_kernels import set_rank, set_topk
-from setemb_kernels.losses import pairs, tiles, torch_tiles, triplet, triton_pairs, triton_tiles
+from setemb_kernels.losses import (
+    contrast,
+    pairs,
+    tiles,
+    torch_tiles,
+    triplet,
+    triton_contrast,
+    triton_pairs,
+    triton_tiles,
+)
+from setemb_kernels.measure import Measure
 from setemb_kernels.ops.smooth_chamfer import mixed, reference
 from setemb_kernels.ops.smooth_chamfer import triton as backend
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
+from tests.kernels.losses import contrast_cases
 from tests.kernels.losses.cases import CASES, LOSSES, Case, check, cut_finely
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +54,7 @@ def triton_serves() -> Iterator[None]:
             patch.setattr(backend, name, counted(getattr(backend, name)))
         if DEVICE == "cpu":
             patch.setattr(tiles, "fused", lambda sets: True)
+            patch.setattr(Measure, "has_contrast", lambda *args: False)  # that of the compiled module
             library.impl("smooth_chamfer", forward, "CPU", allow_override=True)
             library.impl("smooth_chamfer_mixed", mixed._decoded, "CPU", allow_override=True)
             library.impl("smooth_chamfer_backward", lambda *args: backend.backward(*args), "CPU", allow_override=True)
@@ -85,6 +97,67 @@ def test_loss(case: Case, name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     before = calls
     check(LOSSES[name], case, dtype, DEVICE)
     assert calls > before or 0 in (case.N, case.M)
+
+
+CONTRAST = [  # loss, K, L, groups, masks
+    ("infonce", 4, 4, True, False),
+    ("infonce, rows", 3, 7, False, True),
+    ("infonce", 1, 1, False, False),
+    ("infonce", 2, 20, True, True),
+    ("sigmoid", 4, 4, True, False),
+    ("sigmoid", 16, 3, False, True),
+]
+
+
+@pytest.mark.parametrize("sharper", [1, 16], ids=["bounded", "shifted"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2], ids=str)
+@pytest.mark.parametrize(("name", "K", "L", "groups", "masked"), CONTRAST)
+def test_contrast(
+    name: str, K: int, L: int, groups: bool, masked: bool, dtype: torch.dtype, sharper: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Backward in one kernel next to the same in float64, with several chunks of W."""
+    x, y, alpha, _, _, *loss = contrast_cases.arguments(name, dtype, K, L, groups=groups, counts=(40, 75))
+    alpha = alpha * sharper
+    masks: list[Tensor | None] = [None, None]
+    if masked:
+        generator = torch.Generator().manual_seed(3)
+        masks = [torch.rand(v.shape[:2], generator=generator) < 0.7 for v in (x, y)]
+        masks[0][::5] = False
+        x, y = (v.masked_fill(~mask[..., None], math.nan) for v, mask in zip((x, y), masks, strict=True))
+    true_x, true_y, true_sums = contrast_cases.from_reference([x, y, alpha, *masks, *loss])
+    there = [None if v is None else v.to(DEVICE) for v in (x, y, *masks, *loss)]
+    x, y, x_mask, y_mask, scale, bias, weight, rows, columns, *ids = there
+    sets = tiles.Sets(x, y, alpha, alpha, x_mask, y_mask, *ids)
+    monkeypatch.setattr(contrast, "FUSED_ON_GPU", True)
+    monkeypatch.setattr(backend, "CHUNK_COLUMNS", 256)
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1 << 17)
+    assert contrast.fused_on_gpu(sets, (True, True, False, False))
+    found = triton_contrast.backward(sets, contrast.Contrast(scale, bias, weight, rows, columns), True, True)
+    by_x, by_y, sums = (v.cpu().double() for v in found)
+    got, expected = (by_x, by_y, alpha, sums), (true_x, true_y, alpha, true_sums)
+    contrast_cases.assert_near(got, expected, contrast_cases.NEAR[dtype])
+
+
+@pytest.mark.parametrize("name", ["infonce", "infonce, rows", "sigmoid"])
+def test_loss_with_contrast(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the loss, with sets that have no vector: the same gradients as from tiles of similarities."""
+    case = next(case for case in CASES if case.name == "empty sets")
+    there = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in case.build(DTYPES[1]).items()}
+    there["alpha"] = float(there["alpha"])  # with a gradient for it, tiles serve
+    found, served = [], []
+    for fused in (False, True):
+        monkeypatch.setattr(contrast, "FUSED_ON_GPU", fused)
+        x, y = (there[n].detach().clone().requires_grad_() for n in ("x", "y"))
+        numbers = {n: torch.tensor(v, requires_grad=True) for n, v in LOSSES[name].scalars.items()}
+        LOSSES[name].run(there | {"x": x, "y": y}, numbers).backward()
+        found.append([v.grad for v in (x, y, *numbers.values())])
+        backward = triton_contrast.backward
+        monkeypatch.setattr(triton_contrast, "backward", lambda *a, f=backward: served.append(1) or f(*a))
+    assert served == [1]
+    for a, b in zip(*found, strict=True):
+        size = b.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * size)
 
 
 @pytest.mark.parametrize("name", LOSSES)
