@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from setemb_kernels import _triton  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton_config  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton_plan as triton_plans  # noqa: E402
+from setemb_kernels.ops.set_similarity.precompile import launch_all  # noqa: E402
 from setemb_kernels.ops.slot_attention import triton_fused  # noqa: E402
 from setemb_kernels.ops.smooth_chamfer import triton_kernels, triton_light, triton_plan  # noqa: E402
 
@@ -160,7 +162,7 @@ def launches_of_sets(N: int, M: int, dtype: torch.dtype) -> list[_triton.Launch]
     ):
         plan = triton_plan.plan_of(x, y, None, None, 16.0, **options)
         whole = slice(0, plan.x.height), slice(0, plan.y.height)
-        found += [plan._pack, *(launch for _, launch in plan._of(kernel, *whole))]
+        found += [plan._pack, *(launch for _, launch in plan.launches(kernel, *whole))]
     for upstream in (None, grad) if dtype == torch.bfloat16 else ():
         light = triton_light._plan_of(x, y, 16.0, None, None, dtype, upstream)
         assert light is not None
@@ -221,6 +223,36 @@ def test_other_lengths_of_sets_compile_nothing(kind: str, workspace: int, monkey
             variants |= {(triton_config._block(K, 64), triton_config._block(L, 64), *of_one) for of_one in own}
     assert len({of_one[:2] for of_one in variants}) == 9
     assert len(variants) == 9 * len(own)
+
+
+@pytest.mark.parametrize("candidates", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["smooth_chamfer", "maxsim", "max", "mean", "match_probability"])
+def test_precompiled(kind: str, dtype: torch.dtype, candidates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that other lengths and numbers of sets launch was not launched before."""
+    launched: set[Any] = set()
+
+    def record(self: _triton.Launch, *arguments: Any) -> None:
+        kinds = tuple(v.dtype if isinstance(v, torch.Tensor) else type(v) for v in arguments)
+        launched.add((self.kernel.__name__, str(self.constants), str(specialised(self)), kinds))
+
+    monkeypatch.setattr(_triton.Launch, "__call__", record)
+    numbers, needs = (torch.tensor(16.0), torch.tensor(0.0)), (True, True, True)
+    launch_all(kind, 64, dtype, numbers[0], False, candidates, needs, False, torch.device("cpu"))
+    ahead, launched = launched, set()
+    of_kind = "max" if kind == "mean" else kind
+    lengths = [(1, 1)] if kind == "mean" else [(4, 9), (20, 33), (100, 18), (1, 1000)]
+    for (K, L), (N, M), workspace in product(lengths, [(1, 1), (2, 7), (16, 40), (300, 200)], [1 << 28, 1 << 12]):
+        limits = triton_config.LIMITS._replace(workspace_bytes=workspace)
+        monkeypatch.setattr(triton_config, "LIMITS", limits)
+        if workspace < 1 << 28 and N == 300:
+            continue
+        x, y = torch.zeros(N * K, 64, dtype=dtype), torch.zeros(M * L, 64, dtype=dtype)
+        who = torch.zeros(N, 3, dtype=torch.int64) if candidates else None
+        sets = x, torch.arange(N + 1) * K, y, torch.arange(M + 1) * L, who
+        s = set_similarity.forward(*sets, *numbers, of_kind, False)
+        set_similarity.backward(torch.zeros_like(s), *sets, *numbers, of_kind, False, True, True, True, True)
+    assert launched and launched <= ahead, launched - ahead
 
 
 @pytest.mark.parametrize("function", list(kernels()))

@@ -32,7 +32,8 @@ have blocks too: nothing is filled with zeros first. Which sets of x have a set 
 
 **Other lengths** are compiled for once where sets of a side have up to 16, up to 32, or more vectors in the mean, and
 the gradient kernel once more where it adds to what another launch left (state in several windows), or writes float32
-(several launches or splits, in 16 bits). All else of lengths and numbers of sets is a number at run time.
+(several launches or splits, in 16 bits). All else of lengths and numbers of sets is a number at run time. `precompile`
+compiles all of that beforehand.
 """
 
 from __future__ import annotations

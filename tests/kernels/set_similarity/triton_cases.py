@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from setemb_kernels import precompile_set_similarity  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton as backend  # noqa: E402
 from setemb_kernels.ops.set_similarity import (  # noqa: E402
     triton_config,
@@ -340,6 +341,17 @@ if not INTERPRETED:
         before = compiled(*kernels, triton_gradient_kernels.gradient_kernel)
         for N, M, L in ((7, 16, (35, 64)), (16, 33, (60, 64)), (2, 50, (60, 1000))):
             run(replace(case, N=N, M=M, L=L).build("soft_maxsim", torch.float16, DEVICE))
+        assert compiled(*kernels, triton_gradient_kernels.gradient_kernel) == before > 0
+
+    @pytest.mark.parametrize("pairs", ["", "candidates"])
+    def test_precompiled_for_all_lengths(pairs: str) -> None:
+        alpha = torch.tensor(16.0, requires_grad=True)
+        precompile_set_similarity("soft_maxsim", 80, torch.float16, alpha=alpha, candidates=pairs == "candidates")
+        kernels = triton_kernels.similarity_kernel, triton_kernels.state_kernel, triton_kernels.combine_kernel
+        before = compiled(*kernels, triton_gradient_kernels.gradient_kernel)
+        for N, M, K, L in ((1, 1, 4, 9), (7, 16, 20, 64), (16, 33, 60, 5), (300, 200, 3, 30), (2, 50, 100, 1000)):
+            case = Case("lengths", N, M, (1, K), (1, L), 80, pairs=pairs)
+            run(case.build("soft_maxsim", torch.float16, DEVICE))
         assert compiled(*kernels, triton_gradient_kernels.gradient_kernel) == before > 0
 
 
