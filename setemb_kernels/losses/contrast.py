@@ -9,7 +9,7 @@ With logits ``z = scale s + bias``, of all pairs of a row n and a column m, ``dL
 
 so ``dL/ds = scale weight h``. On a CPU, where a compiled kernel serves, one op does all of the backward: it makes a
 tile of scores, from them the similarities, from those h, and at once the gradients: three products, where similarities
-first and their backward after that take four, as scores are made for each. `triton_contrast` does the same on a GPU.
+first and their backward after that take four, as scores are made for each. `triton_contrast` is the same for a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FUSED_ON_GPU = False
 benchmarks and tests alone set this."""
 
 LARGEST_FUSED = 64
-"""Vectors of a set that it takes."""
+"""Vectors of a set that it takes: of more, registers are spilled."""
 
 BACKWARD = "setemb::smooth_chamfer_contrast_backward"
 define(
@@ -72,7 +72,7 @@ def add_gradients(sets: Sets, gradients: Gradients, loss: Contrast) -> Tensor:
 
 
 def fused_on_gpu(sets: Sets, needs: tuple[bool, ...]) -> bool:
-    """Whether `triton_contrast` serves: 16-bit sets, none of them empty, and no gradient for alpha."""
+    """Whether `triton_contrast` serves: 16-bit sets, of some vectors and features, and no gradient for alpha."""
     need_x, need_y, need_alpha, _ = needs
     sizes = *sets.x.shape, *sets.y.shape
     return (

@@ -5,6 +5,9 @@ What `ops.smooth_chamfer.triton` does from an upstream gradient, with another ke
 from the scores of a tile it makes the similarities, what the loss makes of those, and W. Else the similarities and
 their gradients pass through memory, and scores are made once more. Of 16-bit sets; in float32 scores lie in memory
 anyway.
+
+The log-sum-exps come from the forward's kernel, which rounds a similarity otherwise than this one: a gradient is off by
+about |z| 2^-22 of itself, z the logits. That is nothing for unit vectors; from |z| = 10^6 on tiles are more exact.
 """
 
 from __future__ import annotations
@@ -30,18 +33,19 @@ if TYPE_CHECKING:
 def backward(sets: Sets, loss: Contrast, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and y in float32, one that is not needed empty ``[0]``, and the sums of `contrast` ``[2]``.
 
-    Memory beyond inputs and outputs: that of `ops.smooth_chamfer.triton.backward`.
+    Memory beyond inputs and outputs: packed copies of x and y, at most `ops.smooth_chamfer.triton.WORKSPACE_BYTES`, and
+    what y has in float32.
     """
     x, y, masks = sets.x, sets.y, (sets.x_mask, sets.y_mask)
     scale, bias, weight, rows, columns = loss
     factor = weight * scale
     shares = [v[1].max() for v in (rows, columns) if v is not None]
-    most = torch.stack(shares).sum().clamp(min=len(shares)) if shares else 1  # of |h|
+    most = torch.stack(shares).sum() if shares else 1  # of |h|: a positive's is no more than the sums R and C it is in
     with torch.cuda.device_of(x):
         alpha = smooth_chamfer.as_argument(sets.alpha)
         plan = plan_of(x, y, *masks, alpha, is_loss=True)
         operands = plan.pack(x, y, *masks)
-        operands.stats[packing.GRADIENT.value] = 2 * (factor * most).abs()  # a rounded e^(z - L) may be above 1
+        operands.stats[packing.GRADIENT.value] = 2 * (factor * most).abs()  # z of the forward is rounded otherwise
         ids = (
             None if sets.x_group is None else sets.x_group.long(),
             None if sets.y_group is None else sets.y_group.long(),

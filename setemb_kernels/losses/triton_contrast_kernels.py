@@ -41,18 +41,22 @@ def _slope(s, n, m, N, M, x_ids, y_ids, rows, columns, scale, bias):
     positive = x == y
     z = s * scale
     if rows is not None:
-        h = infonce_slope(z, positive, *_lse_and_weight(rows, n, N))
+        h = _one_way(z, positive, rows, n, N)
         if columns is not None:
-            h += infonce_slope(z, positive, *_lse_and_weight(columns, m, M))
+            h += _one_way(z, positive, columns, m, M)
     else:
         h = sigmoid_slope(z + bias, positive)
     return h
 
 
 @triton.jit
-def _lse_and_weight(state, i, count):
-    """Of rows, or columns, i: ``[2, count]``."""
-    return tl.load(state + i, mask=i < count, other=0), tl.load(state + count + i, mask=i < count, other=0)
+def _one_way(z, positive, state, i, count):
+    """What rows, or columns, i with log-sum-exps and weights ``[2, count]`` add to h. A negative is below the sum that
+    it is in; but that was made by another kernel, whose z is rounded otherwise."""
+    lse = tl.load(state + i, mask=i < count, other=0)
+    weight = tl.load(state + count + i, mask=i < count, other=0)
+    z = tl.where((z > lse) & (positive == 0), lse, z)  # NaN stays
+    return infonce_slope(z, positive, lse, weight)
 
 
 @triton.jit
@@ -76,11 +80,10 @@ def _store_weights(
     exists = (n < N) & (m < M)
     if SHIFTED:
         s = similarity_shifted(c, x_weight, y_weight, x_exponent, y_exponent, scale, inverse)
-        s = saturate(s, _FLOAT32_MAX)
     else:
         e, by_row, by_column = exponentials(c, scale, MASKED)
         s = similarity_of(c, by_row, by_column, x_weight, y_weight, inverse)
-    s = tl.where(some, s, 0.0)
+    s = tl.where(some, saturate(s, _FLOAT32_MAX), 0.0)
     h = _slope(s, n, m, N, M, x_ids, y_ids, rows, columns, tl.load(loss), tl.load(loss + 1))
     h = tl.where(exists, h, 0.0)
     g = tl.where(some, h, 0.0)

@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from setemb_kernels import _triton  # noqa: E402
+from setemb_kernels.losses.triton_contrast_kernels import contrast_kernel  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton_config  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton_plan as triton_plans  # noqa: E402
@@ -159,6 +160,7 @@ def launches_of_sets(N: int, M: int, dtype: torch.dtype) -> list[_triton.Launch]
     for kernel, options in (
         (triton_kernels.forward_kernel, {"out": dtype}),
         (triton_kernels.weights_kernel, {"grad": grad, "need_chunk": True}),
+        *([(contrast_kernel, {"is_loss": True})] if dtype == torch.bfloat16 else []),
     ):
         plan = triton_plan.plan_of(x, y, None, None, 16.0, **options)
         whole = slice(0, plan.x.height), slice(0, plan.y.height)

@@ -88,7 +88,8 @@ CONTRAST = [  # K, L, D, masked, groups
     (torch.bfloat16, 4, 4, 1024, False, True),
     (torch.bfloat16, 1, 1, 64, False, False),
     (torch.bfloat16, 3, 7, 1024, True, True),
-    (torch.float16, 64, 64, 256, True, False),
+    (torch.bfloat16, 16, 16, 256, False, True),
+    (torch.float16, 16, 16, 256, True, False),
 ]
 CODES = [  # oldest architecture that has products of the type, kind, mean K and L, D, scaled
     (80, torch.int8, "maxsim", 32, 120, 128, True),

@@ -87,7 +87,8 @@ def variants(
         return [(True, shifted)]
     plain = _config(K, L, arch, 128, False, 3 if backward else 4)
     if is_loss:
-        return [(False, plain._replace(columns=min(plain.columns, plain.part)) if masked else plain), (True, shifted)]
+        narrow = masked or max(K, L) > 8
+        return [(False, plain._replace(columns=min(plain.columns, plain.part)) if narrow else plain), (True, shifted)]
     if 90 <= arch < 100 and plain.rows == plain.part == 128 and D <= LARGEST_PAIRED and not (backward and masked):
         plain = plain._replace(columns=128, num_warps=4, programs=2, num_stages=3)
         if backward:  # beside what a tile of W passes through on its way to memory

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("triton")
 
-from setemb_kernels import set_rank, set_topk
+from setemb_kernels import set_infonce_loss, set_rank, set_topk
 from setemb_kernels.losses import (
     contrast,
     pairs,
@@ -28,7 +28,7 @@ from setemb_kernels.losses import (
     triton_tiles,
 )
 from setemb_kernels.measure import Measure
-from setemb_kernels.ops.smooth_chamfer import mixed, reference
+from setemb_kernels.ops.smooth_chamfer import mixed, reference, triton_config
 from setemb_kernels.ops.smooth_chamfer import triton as backend
 from tests.kernels.guarded_memory import guarded_memory  # noqa: F401
 from tests.kernels.losses import contrast_cases
@@ -103,22 +103,24 @@ CONTRAST = [  # loss, K, L, groups, masks
     ("infonce", 4, 4, True, False),
     ("infonce, rows", 3, 7, False, True),
     ("infonce", 1, 1, False, False),
-    ("infonce", 2, 20, True, True),
+    ("infonce", 2, 13, True, True),
     ("sigmoid", 4, 4, True, False),
     ("sigmoid", 16, 3, False, True),
 ]
 
 
-@pytest.mark.parametrize("sharper", [1, 16], ids=["bounded", "shifted"])
+@pytest.mark.parametrize("variant", ["bounded", "shifted", "few scores"])
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2], ids=str)
 @pytest.mark.parametrize(("name", "K", "L", "groups", "masked"), CONTRAST)
 def test_contrast(
-    name: str, K: int, L: int, groups: bool, masked: bool, dtype: torch.dtype, sharper: int,
+    name: str, K: int, L: int, groups: bool, masked: bool, dtype: torch.dtype, variant: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Backward in one kernel next to the same in float64, with several chunks of W."""
     x, y, alpha, _, _, *loss = contrast_cases.arguments(name, dtype, K, L, groups=groups, counts=(40, 75))
-    alpha = alpha * sharper
+    alpha = alpha * (16 if variant == "shifted" else 1)
+    if variant != "few scores":  # both variants of the kernel are launched, and one serves
+        monkeypatch.setattr(triton_config, "LARGEST_ALONE", 0)
     masks: list[Tensor | None] = [None, None]
     if masked:
         generator = torch.Generator().manual_seed(3)
@@ -133,7 +135,15 @@ def test_contrast(
     monkeypatch.setattr(backend, "CHUNK_COLUMNS", 256)
     monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1 << 17)
     assert contrast.fused_on_gpu(sets, (True, True, False, False))
-    found = triton_contrast.backward(sets, contrast.Contrast(scale, bias, weight, rows, columns), True, True)
+    what = contrast.Contrast(scale, bias, weight, rows, columns)
+    if groups:  # alpha on the device
+        monkeypatch.setattr(backend, "_on_host", lambda v: False)
+        sets = sets._replace(alpha=alpha.to(DEVICE))
+    found = triton_contrast.backward(sets, what, True, True)
+    if groups and variant == "bounded":  # one gradient alone
+        x_alone, _, _ = triton_contrast.backward(sets, what, True, False)
+        _, y_alone, _ = triton_contrast.backward(sets, what, False, True)
+        assert torch.equal(x_alone, found[0]) and torch.equal(y_alone, found[1])
     by_x, by_y, sums = (v.cpu().double() for v in found)
     got, expected = (by_x, by_y, alpha, sums), (true_x, true_y, alpha, true_sums)
     contrast_cases.assert_near(got, expected, contrast_cases.NEAR[dtype])
@@ -145,6 +155,7 @@ def test_loss_with_contrast(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in CASES if case.name == "empty sets")
     there = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in case.build(DTYPES[1]).items()}
     there["alpha"] = float(there["alpha"])  # with a gradient for it, tiles serve
+    monkeypatch.setattr(triton_config, "LARGEST_ALONE", 0)
     found, served = [], []
     for fused in (False, True):
         monkeypatch.setattr(contrast, "FUSED_ON_GPU", fused)
@@ -158,6 +169,21 @@ def test_loss_with_contrast(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for a, b in zip(*found, strict=True):
         size = b.abs().max().item()
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * size)
+
+
+def test_contrast_of_a_loss_near_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 16 bits are scaled by what the gradients are at most, not by what they could be."""
+    sets = normalize(torch.randn(16, 4, 64, generator=torch.Generator().manual_seed(0)), dim=-1).to(DEVICE, DTYPES[1])
+    monkeypatch.setattr(triton_config, "LARGEST_ALONE", 0)
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(contrast, "FUSED_ON_GPU", fused)
+        x = sets.detach().clone().requires_grad_()
+        loss = set_infonce_loss(x, sets, temperature=0.03)
+        (loss * 2.0**24).backward()
+        found.append(x.grad)
+    assert 0 < loss.item() < 1e-8
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3 * found[0].abs().max().item())
 
 
 @pytest.mark.parametrize("name", LOSSES)
