@@ -35,7 +35,7 @@ def precompile_set_similarity(
     Without this a kernel is compiled when it is first launched, which takes a second or so; of lengths it matters
     alone whether sets have up to 16, up to 32, or more vectors in the mean, on either side, and of numbers whether the
     gradients take several launches. After this no call with such options waits for the compiler. Triton keeps what it
-    compiled on disk. Takes a minute or more, and leaves `device` idle before and after.
+    compiled on disk. Takes as long as all those first launches, and waits for the device.
 
     Args:
         kind, reduction: as of `set_similarity`.
