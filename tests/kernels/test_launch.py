@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from setemb_kernels import _triton  # noqa: E402
+from setemb_kernels import _check, _triton  # noqa: E402
 from setemb_kernels.losses.triton_contrast_kernels import contrast_kernel  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton as set_similarity  # noqa: E402
 from setemb_kernels.ops.set_similarity import triton_config  # noqa: E402
@@ -227,10 +227,13 @@ def test_other_lengths_of_sets_compile_nothing(kind: str, workspace: int, monkey
     assert len(variants) == 9 * len(own)
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["alpha a number", "alpha on the device"])
 @pytest.mark.parametrize("candidates", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", ["smooth_chamfer", "maxsim", "max", "mean", "match_probability"])
-def test_precompiled(kind: str, dtype: torch.dtype, candidates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precompiled(
+    kind: str, dtype: torch.dtype, candidates: bool, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing that other lengths and numbers of sets launch was not launched before."""
     launched: set[Any] = set()
 
@@ -239,10 +242,15 @@ def test_precompiled(kind: str, dtype: torch.dtype, candidates: bool, monkeypatc
         launched.add((self.kernel.__name__, str(self.constants), str(specialised(self)), kinds))
 
     monkeypatch.setattr(_triton.Launch, "__call__", record)
-    numbers, needs = (torch.tensor(16.0), torch.tensor(0.0)), (True, True, True)
-    launch_all(kind, 64, dtype, numbers[0], False, candidates, needs, False, torch.device("cpu"))
+    if on_device:  # float32 stands for the device: a number is of float64
+        monkeypatch.setattr(set_similarity, "_on_host", lambda v: v.dtype == torch.float64)
+    alpha, needs = torch.tensor(16.0), (True, True, True)
+    bias = torch.tensor(0.0) if kind == "match_probability" else _check.number(0.0)
+    takes_alpha = kind in ("smooth_chamfer", "match_probability")
+    numbers = alpha if takes_alpha else _check.number(1.0), bias  # as `op` has them
+    launch_all(kind, 64, dtype, alpha, False, candidates, needs, False, torch.device("cpu"))
     ahead, launched = launched, set()
-    of_kind = "max" if kind == "mean" else kind
+    of_kind, dtype = ("max", torch.float32) if kind == "mean" else (kind, dtype)
     lengths = [(1, 1)] if kind == "mean" else [(4, 9), (20, 33), (100, 18), (1, 1000)]
     for (K, L), (N, M), workspace in product(lengths, [(1, 1), (2, 7), (16, 40), (300, 200)], [1 << 28, 1 << 12]):
         limits = triton_config.LIMITS._replace(workspace_bytes=workspace)

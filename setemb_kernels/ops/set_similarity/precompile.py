@@ -12,6 +12,7 @@ from torch import Tensor
 
 from setemb_kernels import _check
 from setemb_kernels.backends import triton_absent
+from setemb_kernels.ops.set_similarity import reference
 from setemb_kernels.ops.set_similarity.op import Kind
 
 LENGTHS = 16, 32, 64
@@ -41,7 +42,8 @@ def precompile_set_similarity(
         kind, reduction: as of `set_similarity`.
         features: D of the sets, contiguous.
         dtype: bfloat16, float16 or float32, of the sets.
-        alpha: a number, or a 0-dim tensor if that is what calls will have: one on the device is read by the kernels.
+        alpha: a number, or a 0-dim tensor if that is what calls will have: one on the device is read by the kernels. Of
+            match_probability the scale, with a bias that is likewise a number, or a tensor on the same device.
         candidates: for calls with candidates, or paired ones, rather than for all pairs.
         gradients: for the backward pass, too, with one for alpha where that is a tensor that requires it.
         wide: for ``out_dtype=torch.float32`` of 16-bit sets, as the losses, search and ranks have it.
@@ -86,10 +88,13 @@ def launch_all(
     from setemb_kernels.ops.set_similarity import triton
 
     N = M = 2
-    # a mean is the closest pair of one vector with one; see `op`
-    lengths, kind = ((LENGTHS[0],), "max") if kind == "mean" else (LENGTHS, kind)
+    lengths: tuple[int, ...] = LENGTHS
+    if kind == "mean":  # the closest pair of one vector with one, in float32; see `op`
+        lengths, kind, dtype = (LENGTHS[0],), "max", torch.float32
     who = torch.zeros(N, 2, dtype=torch.int64, device=device) if candidates else None
-    bias = alpha.new_zeros(())
+    # what a kind does not take is a number, wherever alpha is
+    bias = alpha.new_zeros(()) if kind == "match_probability" else _check.number(0.0)
+    alpha = alpha if kind in (*reference.SOFT, "match_probability") else _check.number(1.0)
     for (K, L), splits, windows in product(product(lengths, repeat=2), (False, True), (False, True)):
         x, y = (torch.zeros(count, D, dtype=dtype, device=device) for count in (N * K, M * L))
         sets = x, torch.arange(N + 1, device=device) * K, y, torch.arange(M + 1, device=device) * L, who
